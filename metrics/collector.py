@@ -49,6 +49,13 @@ _SUMS = (
     ("guest_invalidations", "guest_invalidations", "Native TLB invalidations by guests."),
 )
 
+# By level: l1 is a vCPU's own guest, l2 a nested guest.  These are families of their own, because another
+# label would split the series of flushlab_vm_entries_total and flushlab_tlb_flushes_total.
+_LEVELS = (
+    ("entries", "vm_entries_by_level", "VM entries into the vCPU's own guest (l1) and nested guests (l2)."),
+    ("flushes", "tlb_flushes_by_level", "TLB flushes while the vCPU ran its own guest (l1) or a nested one."),
+)
+
 # Per VM: statistic, metric, help.  The first two are KVM's own, under KVM's names.
 _VM_STATS = (
     ("remote_tlb_flush", "remote_tlb_flush", "KVM's statistic remote_tlb_flush."),
@@ -71,6 +78,12 @@ _VM_STATS = (
     ("mmu_synced", "mmu_synced_pages", "Shadow pages compared with the guest's table."),
     ("mmu_prefetched", "mmu_prefetched_pages", "Pages mapped by a fault of the shadow MMU beside its own."),
     ("readers_awaited", "readers_awaited", "Kicks that waited for a vCPU that was reading SPTEs."),
+    ("nested_run", "nested_run", "KVM's statistic nested_run: VM entries that L1 made into nested guests."),
+    ("nested_transition_flushes", "nested_transition_flushes", "Flushes requested between L1 and L2."),
+    ("nested_invept", "nested_invepts", "INVEPTs of L1 that KVM emulated."),
+    ("nested_invvpid", "nested_invvpids", "INVVPIDs of L1 that KVM emulated."),
+    ("nested_roots", "nested_roots", "Shadow pages that became roots for L1's EPTs."),
+    ("nested_roots_freed", "nested_roots_freed", "Of these, freed for L1's instructions."),
 )
 
 _HISTOGRAMS = {
@@ -153,6 +166,9 @@ class MachineCollector(Collector):
         misses.add_metric(["1"], sums["l1_misses"])
         misses.add_metric(["2"], sums["l2_misses"])
         yield misses
+        for counter, name, text in _LEVELS:
+            levels = {f"l{level}": sums[f"level{level}_{counter}"] for level in (1, 2)}
+            yield _labelled(name, text, "level", levels)
         exits = {reason: sums[f"exit_{reason}"] for reason in EXIT_REASONS}
         yield _labelled("vm_exits", "VM exits, by reason.", "reason", exits)
         yield _gauge("rcu_callbacks_pending", "RCU callbacks that wait.", counters.rcu_pending())

@@ -79,7 +79,7 @@ def compare(
     if repeat < 1:
         raise BadInput("repeat", f"found {repeat}", "1 or more")
     for policy in chosen:
-        check_suits(policy, shape.name, ept=shape.machine.ept)
+        check_suits(policy, shape.name, ept=shape.machine.ept, nested_ept=shape.nested_ept)
     plan = ComparePlan(
         scenario=shape,
         policies=chosen,

@@ -94,7 +94,7 @@ def compare(
     shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
     limits.check(shape)
     for policy in chosen:
-        check_suits(policy, shape.name, ept=shape.machine.ept)
+        check_suits(policy, shape.name, ept=shape.machine.ept, nested_ept=shape.nested_ept)
     plan = Plan(
         scenario=shape,
         policies=chosen,

@@ -21,6 +21,15 @@ SHADOW_STATS = (
     "mmu_unsync",
     "mmu_synced",
 )
+# Statistics of VMs whose guests are hypervisors.
+NESTED_STATS = (
+    "nested_run",
+    "nested_transition_flushes",
+    "nested_invept",
+    "nested_invvpid",
+    "nested_roots",
+    "nested_roots_freed",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,7 @@ def units_of(result: Result, scenario: Scenario) -> int:
         "switches": lambda: snapshot.counters["guest_switches"],
         "CR0.WP windows": lambda: snapshot.counters["guest_wp_windows"],
         "round trips": lambda: snapshot.kvm("nested_run"),
+        "nested roots": lambda: snapshot.kvm("nested_roots"),
     }
     return counts[scenario.unit]() if scenario.unit else 0
 
@@ -98,7 +108,7 @@ def _counts(result: Result, bound: Bound) -> dict[str, float]:
         "work cycles": sum(line.cycles for line in result.cycles if line.group == "work"),
         "bound cycles": bound.cycles,
     }
-    for key in SHADOW_STATS:
+    for key in SHADOW_STATS + NESTED_STATS:
         counts[key] = snapshot.kvm(key)
     for flush in snapshot.flushes:
         for key in ("flushes", f"scope {flush.scope}", f"reason {flush.reason}"):

@@ -61,6 +61,7 @@ def sections(columns: Iterable[Sequence[Measurement]], unit: str | None) -> list
         Section("flushes, per million guest accesses", _flushes(seen)),
         Section("interrupts, per million guest accesses", _interrupts(seen)),
         Section("shadow paging, per million guest accesses", _shadow_paging(seen)),
+        Section("nested guests, per million guest accesses", _nested(seen)),
         *([Section(f"per {singular(unit)}", _per_unit(seen))] if unit else []),
         Section("pauses of a vCPU, at most", _PAUSES),
         Section("modelled cycles, per million guest accesses", _cycles(seen)),
@@ -124,6 +125,14 @@ _SHADOW_PAGING = (
     Row("mmu_load/M", "roots loaded"),
     Row("cached_roots/M", "cached roots used", less=False),
 )
+_NESTED = (
+    Row("nested_run/M", "round trips between L1 and L2", less=None, head=True),
+    Row("nested_transition_flushes/M", "  flushes that they request"),
+    Row("nested_invept/M", "INVEPTs of L1 emulated", less=None),
+    Row("nested_invvpid/M", "INVVPIDs of L1 emulated", less=None),
+    Row("nested_roots/M", "roots for L1's EPTs"),
+    Row("nested_roots_freed/M", "  freed for L1's instructions"),
+)
 _WALL = (
     Row("wall seconds", "seconds for the run", "duration", spread=True),
     Row("accesses per second", "guest accesses per second", less=False, spread=True),
@@ -174,6 +183,13 @@ def _shadow_paging(seen: Sequence[str]) -> tuple[Row, ...]:
     if "mmu_cache_miss/M" not in seen:
         return ()
     return tuple(row for row in _SHADOW_PAGING if row.key in seen)
+
+
+def _nested(seen: Sequence[str]) -> tuple[Row, ...]:
+    """Return the rows of hosts whose guests are hypervisors, those of which some policy had any."""
+    if "nested_run/M" not in seen:
+        return ()
+    return tuple(row for row in _NESTED if row.key in seen)
 
 
 def _per_unit(seen: Sequence[str]) -> tuple[Row, ...]:

@@ -101,7 +101,7 @@ class Emulation:
         params: KvmParams | None = None,
         pace: float = 0,
     ) -> None:
-        check_suits(policy, scenario.name, ept=scenario.machine.ept)
+        check_suits(policy, scenario.name, ept=scenario.machine.ept, nested_ept=scenario.nested_ept)
         self.scenario = scenario
         self.policy = policy
         self.params = replace(

@@ -99,7 +99,8 @@ class Decisions(Protocol):
         """`root` became current again without kvm_mmu_load."""
 
     def root_alloc(self, cpu: Cpu, kvm: Kvm, root: KvmMmuPage) -> RootAlloc:
-        """`root` has been made, and no vCPU can find it yet.  `done`: the policy has flushed."""
+        """`root` has been made, or a shadow page has become a root for an EPT of L1's; no vCPU can find it
+        yet.  `done`: the policy has flushed."""
 
     def root_lock(self, cpu: Cpu, kvm: Kvm) -> RootLock:
         """A vCPU is about to find or make a root, or to drop its references on roots."""

@@ -10,7 +10,7 @@ from emulator.policy.point import DecisionPoint, point
 TDP_POINTS: Final[tuple[DecisionPoint, ...]] = (
     point(
         Decisions.root_alloc,
-        "Flush when a page becomes a root (kvm_tdp_mmu_alloc_root).",
+        "Flush when a page becomes a root (kvm_tdp_mmu_alloc_root; mmu_alloc_root for an EPT of L1's).",
         {
             "none": "No flush: a vCPU that loads the root flushes it, on the pCPU where it loads it.",
         },

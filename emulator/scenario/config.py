@@ -94,6 +94,11 @@ class Scenario(Section):
         return sum(vm.count * vm.memory * PAGES_PER_MIB for vm in self.vm)
 
     @property
+    def nested_ept(self) -> bool:
+        """Return whether a hypervisor among the guests has EPTs for its nested guests, which KVM shadows."""
+        return any(vm.nested is not None and vm.nested.ept for vm in self.vm)
+
+    @property
     def threads(self) -> int:
         """Return the number of OS threads that a run starts: the pCPUs, a Kvm actor per disturbed VM, the
         hosts, the scheduler and RCU."""
@@ -124,11 +129,11 @@ class Scenario(Section):
         if any(vm.disturbed for vm in nested) and (self.kvm.resets or self.kvm.smis):
             raise ValueError("kvm.resets = 0 and kvm.smis = 0 where a vm that is disturbed has nested guests")
         host = self.host
-        moves = host.unmap or host.reclaim or host.migrate or host.collapse
-        if moves and any(vm.disturbed and vm.nested and vm.nested.virtualize_apic for vm in nested):
+        takes = host.unmap or host.reclaim or host.mprotect or host.migrate or host.collapse
+        if takes and any(vm.disturbed and vm.nested and vm.nested.virtualize_apic for vm in nested):
             # Linux pins the APIC-access page of a VMCS12; the model does not.
             raise ValueError(
-                "no host.unmap, reclaim, migrate and collapse where a vm has virtualize_apic = true"
+                "no host.unmap, reclaim, mprotect, migrate or collapse beside virtualize_apic = true"
             )
         return self
 

@@ -63,6 +63,7 @@ class Costs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vm_exit_entry: Cost
+    nested_round_trip: Cost
     ept_violation: Cost
     vmcs_load: Cost
     no_vpid_exit_entry: Cost
@@ -144,6 +145,7 @@ def modelled_cycles(
     stats = list(vms)
     faults = sum(vm["faults"] for vm in stats)
     migrations = sum(vm["migrations"] for vm in stats)
+    round_trips = sum(vm["nested_run"] for vm in stats)
     by_scope: dict[str, int] = {}
     for flush in flushes:
         by_scope[flush.scope] = by_scope.get(flush.scope, 0) + flush.count
@@ -166,6 +168,7 @@ def modelled_cycles(
         line("guests interrupted", "flush", interruptions, "vm_exit_entry"),
         line("refill walk references", "flush", refill_references, "walk_reference"),
         line("other exits", "work", counters["vm_entries"] - interruptions, "vm_exit_entry"),
+        line("round trips of nested guests", "work", round_trips, "nested_round_trip"),
         line("exits without a VPID", "work", counters["no_vpid_exits"], "no_vpid_exit_entry"),
         line("IPIs for VMCLEAR", "work", vmclears, "ipi_send", "ipi_receive"),
         line("EPT violations", "work", faults, "ept_violation"),

@@ -57,6 +57,7 @@ CostUnit = Literal[
     "switches",
     "CR0.WP windows",
     "round trips",
+    "nested roots",
 ]
 
 

@@ -37,6 +37,10 @@ enum counter {
 	COUNT_INTERRUPTIONS_VMCLEAR, /* of COUNT_INTERRUPTIONS: caused by such IPIs alone */
 	COUNT_NECESSARY_INTERRUPTIONS, /* flushes that an interruption led to and that averted a use */
 	COUNT_VM_ENTRIES,
+	COUNT_LEVEL1_ENTRIES,    /* of those, into the vCPU's own guest */
+	COUNT_LEVEL2_ENTRIES,    /* of those, into a nested guest */
+	COUNT_LEVEL1_FLUSHES,    /* flush instructions, unless the vCPU of this CPU's current VMCS is in a nested guest */
+	COUNT_LEVEL2_FLUSHES,    /* the others */
 	COUNT_NO_VPID_EXITS,     /* VM exits without a VPID: each drops linear and combined mappings, as the entry does */
 	COUNT_RCU_CALLBACKS,     /* queued */
 	COUNT_RCU_INVOKED,

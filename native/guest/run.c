@@ -265,6 +265,7 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	if (v->left_guest_at)
 		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
 	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
+	count(w->cpu->counters, v->guest == v->guests[0] ? COUNT_LEVEL1_ENTRIES : COUNT_LEVEL2_ENTRIES, 1);
 	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu, vmcs->root, v->guest->clock);
 	return 0;
 }

@@ -83,9 +83,10 @@ enum vm_stat {
 	STAT_READERS_AWAITED,      /* kicks of a vCPU that read SPTEs without mmu_lock: their sender waits for it */
 	STAT_APIC_WITHHELD,        /* faults of a nested guest on the page of L1's APIC, for which it gets no mapping */
 	STAT_NESTED_RUN,           /* VM entries that L1 made into nested guests */
-	STAT_NESTED_FLUSHES,       /* flushes requested because L1 and L2 changed places */
+	STAT_NESTED_TRANSITION_FLUSHES, /* flushes requested because L1 and L2 changed places */
 	STAT_NESTED_INVEPT,        /* emulated INVEPTs of L1 */
 	STAT_NESTED_INVVPID,       /* emulated INVVPIDs of L1 */
+	STAT_NESTED_ROOTS,         /* shadow pages that became roots for L1's EPTs */
 	STAT_NESTED_ROOTS_FREED,   /* roots of L1's EPTs that L1's INVEPT, VMCLEAR, VMPTRLD or VMXOFF freed */
 	VM_STATS
 };

@@ -10,6 +10,8 @@
 #include "sync/ipi.h"
 #include "tlb/tlb_flush.h"
 #include "tlb/tlb_report.h"
+#include "vm/vm.h"
+#include "walk/vmcs.h"
 
 enum { FLUSHES_REMEMBERED = 1024 };
 
@@ -57,6 +59,15 @@ static void bump(_Atomic uint64_t *table, uint32_t vm, uint32_t scope, uint32_t 
 			      memory_order_relaxed);
 }
 
+/* Return whether the vCPU of the current VMCS, which this CPU's thread alone changes, has chosen a nested guest. */
+static bool in_nested_guest(const struct machine *m, uint32_t cpu)
+{
+	const struct vmcs *vmcs = vmcs_current(m, cpu);
+	const struct vcpu *vcpu = vmcs ? &m->vcpus[vmcs->vcpu] : NULL;
+
+	return vcpu && vcpu->guest != vcpu->guests[0];
+}
+
 static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t scope, uint32_t reason,
 			 uint64_t argument)
 {
@@ -66,6 +77,7 @@ static struct tlb *begin(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t 
 	/* Relaxed: written by the owner only, as every counter. */
 	atomic_store_explicit(&c->counters->flushed[vm], 1, memory_order_relaxed);
 	bump(c->counters->flushes, vm, scope, reason);
+	count(c->counters, in_nested_guest(m, cpu) ? COUNT_LEVEL2_FLUSHES : COUNT_LEVEL1_FLUSHES, 1);
 	tlb_flush_begin(c->tlb, a ? flush_number(c, ++a->flushes, vm, scope, reason) : 0);
 	event_record(m, cpu, event_of(vm, EVENT_FLUSH), (uint64_t)scope << 32 | reason, argument);
 	return c->tlb;

@@ -64,6 +64,21 @@ def test_kvm_statistics_keep_their_names(bare_machine: BareMachine, collector: M
     assert value(text, 'flushlab_remote_tlb_flush_requests_total{vm="0"}') == 9
 
 
+def test_levels_are_counters_of_their_own(bare_machine: BareMachine, collector: MachineCollector) -> None:
+    bare_machine.count(CPU0, lib.COUNT_VM_ENTRIES, 9)
+    bare_machine.count(CPU0, lib.COUNT_LEVEL1_ENTRIES, 5)
+    bare_machine.count(CPU1, lib.COUNT_LEVEL2_ENTRIES, 4)
+    bare_machine.count(CPU0, lib.COUNT_LEVEL1_FLUSHES, 2)
+    bare_machine.count(CPU1, lib.COUNT_LEVEL2_FLUSHES, 3)
+    lib.vm_stat_add(bare_machine.pointer, VM0, lib.STAT_NESTED_RUN, 8)
+    text = scrape(collector)
+    assert value(text, "flushlab_vm_entries_total") == 9
+    for level, entries, flushes in (("l1", 5, 2), ("l2", 4, 3)):
+        assert value(text, f'flushlab_vm_entries_by_level_total{{level="{level}"}}') == entries
+        assert value(text, f'flushlab_tlb_flushes_by_level_total{{level="{level}"}}') == flushes
+    assert value(text, 'flushlab_nested_run_total{vm="0"}') == 8
+
+
 def test_histogram_in_seconds(bare_machine: BareMachine, collector: MachineCollector) -> None:
     lib.histogram_record(bare_machine.pointer, CPU0, lib.HISTOGRAM_IPI_WAIT, 1000)
     lib.histogram_record(bare_machine.pointer, CPU1, lib.HISTOGRAM_IPI_WAIT, 3_000_000)
@@ -150,9 +165,10 @@ def test_vms_beyond_the_first_share_a_series() -> None:
 
 
 def test_default_series_stay_below_a_page(collector: MachineCollector) -> None:
-    # Thirteen buckets, +Inf, sum and count for each histogram; the rest are plain series.
+    # Thirteen buckets, +Inf, sum and count for each histogram; six statistics of nested guests and two series
+    # by level for each of two counters; the rest are plain series.
     lines = [line for line in scrape(collector).splitlines() if not line.startswith("#")]
-    assert len(lines) <= 50 + len(VIOLATION_KINDS) + 16 * len(HISTOGRAM_NAMES)
+    assert len(lines) <= 50 + 10 + len(VIOLATION_KINDS) + 16 * len(HISTOGRAM_NAMES)
 
 
 @pytest.mark.stress

@@ -116,12 +116,19 @@ def init_kvm_shadow_mmu(vcpu: Vcpu) -> None:
 
 
 def mmu_alloc_root(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, level: Level, quadrant: int = 0) -> ShadowPage:
-    """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames."""
+    """mmu_alloc_root(): find or make a root, and take a reference on it.  Raises OutOfFrames.
+
+    With EPT, decision root_alloc when the page becomes a root for an EPT of L1's.  It may have been one
+    before, and no flush was due when its last vCPU put it.
+    """
     role = replace(vcpu.mmu.root_role, level=level, quadrant=quadrant)
     sp = kvm_mmu_get_shadow_page(cpu, vcpu, gfn, role)
     sp.root_count += 1
     if tdp_enabled(vcpu.kvm) and sp.policy_data is None:
         sp.policy_data = vcpu.kvm.policy.new_data("root", sp.hfn, cpu.machine.pcpus)
+    if tdp_enabled(vcpu.kvm) and sp.root_count == 1:
+        cpu.stat(vcpu.kvm.id, lib.STAT_NESTED_ROOTS)
+        vcpu.kvm.policy.root_alloc(cpu, vcpu.kvm, sp)
     return sp
 
 

@@ -231,7 +231,7 @@ def request_nested_flush(cpu: Cpu, vcpu: Vcpu, req: int, *, wanted: bool) -> Non
     if not wanted:
         flush_elided(cpu, vcpu.kvm, lib.REASON_GUEST, vcpu.id)
         return
-    cpu.stat(vcpu.kvm.id, lib.STAT_NESTED_FLUSHES)
+    cpu.stat(vcpu.kvm.id, lib.STAT_NESTED_TRANSITION_FLUSHES)
     vcpu.flush_current_reason = lib.REASON_GUEST
     kvm_make_request(cpu, vcpu, req)
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from emulator.compare.measure import SHADOW_STATS, measure
+from emulator.compare.measure import NESTED_STATS, SHADOW_STATS, measure
 from emulator.compare.rows import Row, sections, spread_of, text_of
 from emulator.compare.table import better, change
 from emulator.report.result import FlushCount
@@ -71,16 +71,27 @@ def test_rows_are_those_that_occurred_and_uninvolved_ones_even_if_nobody_was_int
     assert {"uninvolved/M", "uninvolved/unit"} <= set(keys)
 
 
+def rows_of(title: str, stats: dict[str, int]) -> dict[str, float]:
+    """Return the rows of a section for two VMs that have these statistics of paging and nested guests."""
+    seen = snapshot()
+    counters = {**seen.counters, "accesses": 2_000_000}
+    unmoved = dict.fromkeys(SHADOW_STATS + NESTED_STATS, 0)
+    vms = tuple({**vm, **unmoved, **stats} for vm in seen.vms)
+    runs = [measure(run_of("p", now=snapshot(counters=counters, vms=vms)), partitioned())]
+    every = {section.title: section for section in sections([runs], "root allocations")}
+    section = every.get(f"{title}, per million guest accesses")
+    return {row.key: runs[0].values[row.key] for row in section.rows} if section else {}
+
+
+def test_rows_of_nested_guests_are_those_that_moved_and_none_without_round_trips() -> None:
+    assert rows_of("nested guests", {"nested_invept": 3}) == {}
+    found = rows_of("nested guests", {"nested_run": 8, "nested_invept": 3, "nested_roots_freed": 2})
+    assert found == {"nested_run/M": 8, "nested_invept/M": 3, "nested_roots_freed/M": 2}
+
+
 def test_rows_of_shadow_paging_are_those_that_moved_and_none_with_ept() -> None:
     def keys(**stats: int) -> dict[str, float]:
-        seen = snapshot()
-        counters = {**seen.counters, "accesses": 2_000_000}
-        unmoved = dict.fromkeys(SHADOW_STATS, 0)
-        vms = tuple({**vm, **unmoved, **stats} for vm in seen.vms)
-        runs = [measure(run_of("p", now=snapshot(counters=counters, vms=vms)), partitioned())]
-        every = {section.title: section for section in sections([runs], "root allocations")}
-        section = every.get("shadow paging, per million guest accesses")
-        return {row.key: runs[0].values[row.key] for row in section.rows} if section else {}
+        return rows_of("shadow paging", stats)
 
     assert keys(mmu_load=7, cached_roots=3) == {}, "SMM switches roots, too"
     found = keys(mmu_cache_miss=4, mmu_pte_write=2, mmu_synced=6, mmu_load=1, cached_roots=9, mmu_recycled=5)
