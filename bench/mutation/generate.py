@@ -49,6 +49,8 @@ PARTS = ("tdp", "shadow")
 # Functions that Linux does not have: those of proposals.
 _PROPOSED = frozenset({
     "_kick_all",
+    "elides_spte_replace",
+    "elides_table_protect",
     "migration_vpid",
 })  # fmt: skip
 # Functions that are no code of KVM: they make and end VMs and vCPUs, as no thread of a test does, check

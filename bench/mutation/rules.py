@@ -15,6 +15,7 @@ from typing import Final
 from bench.mutation.blocks import Unit, blocks, events_of, is_section, units
 from bench.mutation.names import (
     ACCOUNTS,
+    EVENTS,
     IDEMPOTENT,
     LOWER,
     ORDERED,
@@ -33,6 +34,7 @@ from bench.mutation.source import (
     indented,
     leaves,
     mentions,
+    only_accounts,
 )
 
 # One mutant: the name of its rule, and its edits.
@@ -271,14 +273,22 @@ def _is_assertion(source: Source, node: ast.AST) -> bool:
 
 
 def _own(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """Yield the nodes of a function's body, without its annotations, its defaults, and its accounts."""
+    """Yield the nodes of a function's body, without its annotations, its defaults, and its accounts, nor the
+    conditions of accounts."""
     for statement in function.body:
         todo: deque[ast.AST] = deque([statement])
         while todo:
             node = todo.popleft()
-            if called(node) not in ACCOUNTS:
+            if called(node) not in ACCOUNTS and not _accounts_alone(node):
                 yield node
                 todo.extend(ast.iter_child_nodes(node))
+
+
+def _accounts_alone(node: ast.AST) -> bool:
+    """Return whether an `if` only decides about accounts, by a test that changes nothing."""
+    if not isinstance(node, ast.If) or node.orelse or not all(map(only_accounts, node.body)):
+        return False
+    return not calls(node.test) & frozenset().union(*EVENTS.values()) and not calls(node.test) & ORDERED
 
 
 # --- a pending flush ------------------------------------------------------------------------------------

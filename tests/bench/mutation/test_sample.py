@@ -12,6 +12,7 @@ from bench.mutation.judge import CAUGHT, QUICK
 from bench.mutation.results import Results
 from bench.mutation.suite import SECOND, Pair
 
+# Each with the test of the pair that catching.toml lists, which is tried first.
 # By name, so that an edit of KVM's code elsewhere does not choose others, each with a test that catches it.
 # If one of them is gone because its statement is, put another of that rule in its place.
 SAMPLE = {
@@ -29,6 +30,19 @@ SAMPLE = {
     "narrow-end@kvm_tdp_mmu_wrprot_slot#1": "log-edges",
     "skip-after-yield@tdp_mmu_zap_leafs#1": "zap-yield-restart",
     "split-flush@kvm_zap_gfn_range#1": "zap-range-second-zap",
+    # Of code without EPT.
+    "drop-alternative@kvm_mmu_invalidate_addr_in_root#4": "shadow-invlpg-absent",
+    "drop-alternative@kvm_prefetch_pages#2": "shadow-prefetch-protected",
+    "drop-branch@unaccount_shadowed#1": "shadow-two-roles",
+    "drop-flush@validate_direct_spte#1": "shadow-huge-clean-small",
+    "drop-not@_fault_in#1": "shadow-table-swapped",
+    "drop-not@direct_pte_prefetch#1": "shadow-prefetch-unpaged",
+    "drop-operand@mmu_set_spte#5": "shadow-huge-clean",
+    "drop-operand@update_accessed_dirty_bits#2": "shadow-read-then-write",
+    "drop-zap@kvm_sync_page#1": "shadow-table-swapped",
+    "late-flush@kvm_mmu_track_write#1": "shadow-store-second-zap",
+    "off-by-one@kvm_mmu_invalidate_addr_in_root#1": "shadow-invlpg-keeps",
+    "twice-zap@validate_direct_spte#1": "shadow-huge-clean-small",
 }
 
 
