@@ -569,6 +569,7 @@ class Lib:
     GUEST_INSN_INVVPID: Final[GuestInsn]
     GUEST_INSN_VMWRITE_EPTP: Final[GuestInsn]
     GUEST_INSN_INVEPT: Final[GuestInsn]
+    GUEST_INSN_VMFUNC: Final[GuestInsn]
     VMENTRY_SUCCEEDS: Final[int]
     VMENTRY_CONTROLS: Final[int]
     VMENTRY_GUEST_STATE: Final[int]

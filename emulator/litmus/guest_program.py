@@ -41,6 +41,7 @@ _FLAGS = {
     "vmcall": lib.GUEST_INSN_VMCALL,
     "invvpid": lib.GUEST_INSN_INVVPID,
     "invept": lib.GUEST_INSN_INVEPT,
+    "vmfunc": lib.GUEST_INSN_VMFUNC,
     "vmwrite-eptp": lib.GUEST_INSN_VMWRITE_EPTP,
     # The instruction has the low byte.
     "vmcs12-apic": lib.VMCS12_APIC_PAGE << 8,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from emulator.errors import shown
@@ -22,9 +22,10 @@ _NEEDS_CURRENT: Final = frozenset(
     {"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter", "l2-enter-fails"}
 )
 _LEAVES_L2: Final = frozenset({"l2-exit", "l2-apic"})
+_OF_L2: Final = _LEAVES_L2 | {"l2-eptp"}
 # L1 needs no VMX operation to write to its memory.
 _STORES: Final = frozenset(op.verb for op in EPT12_OPS)
-_EPT12_VERBS: Final = _STORES | {"vmwrite-eptp", "invept"}
+_EPT12_VERBS: Final = _STORES | {"vmwrite-eptp", "l2-eptp", "invept"}
 # Page tables of four vCPUs with three nested guests each.
 _LEAST_PAGES: Final = 0x800
 
@@ -83,12 +84,17 @@ def _check_ept12(test: LitmusTest, vm: int, uses: list[tuple[str, Op]]) -> None:
 
 @dataclass(slots=True)
 class _L1:
-    """L1's VMX state, as a thread's operations change it."""
+    """L1's VMX state, as a thread's operations change it.
+
+    made: L1's EPTs that have a root.  has_ept: VMCS12s with "enable EPT".
+    """
 
     vmxon: bool = False
     current: int = 0
     inside: bool = False
     smm: bool = False
+    made: set[int] = field(default_factory=set)
+    has_ept: set[int] = field(default_factory=set)
 
     def step(self, key: str, op: Op) -> None:
         if op.verb in ("smi", "rsm"):
@@ -104,12 +110,16 @@ class _L1:
             self.current = 0
         elif op.verb == "l2-enter" or op.verb in _LEAVES_L2:
             self.inside = op.verb == "l2-enter"
+        if op.verb in _EPT12_VERBS:
+            self.made.add(op.number("ept12"))
+        if op.verb == "vmwrite-eptp":
+            (self.has_ept.add if op.number("ept12") else self.has_ept.discard)(self.current)
 
     def _refuse(self, key: str, op: Op) -> None:
         """Refuse an instruction that raises #UD, fails, or exits to L1 for another reason than VMCALL."""
         if self.smm:
             raise SchemaError(key, shown(op.text), "an rsm before it, by the same thread: SMM has no VMX")
-        if self.inside != (op.verb in _LEAVES_L2):
+        if self.inside != (op.verb in _OF_L2):
             expected = "an l2-exit before it" if self.inside else "an l2-enter before it"
             raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
         if op.verb in _STORES:
@@ -119,8 +129,18 @@ class _L1:
             raise SchemaError(key, shown(op.text), f"{expected}, by the same thread")
         if op.verb in _NEEDS_CURRENT and not self.current:
             raise SchemaError(key, shown(op.text), "a vmptrld before it, by the same thread")
+        if op.verb == "l2-eptp":
+            self._refuse_switch(key, op)
         if op.verb == "invept" and (op.number("type") == 1) != bool(op.number("ept12")):
             expected = "the number of an EPT for type 1" if op.number("type") == 1 else "no EPT for type 2"
             raise SchemaError(key, shown(op.text), expected)
         if op.verb == "invvpid" and op.number("type") != 2 and not op.number("vpid"):
             raise SchemaError(key, shown(op.text), "a VPID of at least 1 for this TYPE")
+
+    def _refuse_switch(self, key: str, op: Op) -> None:
+        """Refuse an EPTP switch that would exit to L1: EPT is off, or the list has no such EPTP."""
+        if self.current not in self.has_ept:
+            raise SchemaError(key, shown(op.text), "a vmwrite-eptp EPT12 before its l2-enter")
+        if op.number("ept12") not in self.made:
+            expected = f"an ept12-map {op.number('ept12')} PAGE GFN before it, by the same thread"
+            raise SchemaError(key, shown(op.text), expected)

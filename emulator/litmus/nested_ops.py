@@ -174,6 +174,21 @@ class VmwriteEptp(VmxOp):
         return [Instruction("VMX", 0, self.number("ept12"), frozenset(flags))]
 
 
+class L2Eptp(VmxOp):
+    verb = "l2-eptp"
+    doc = (
+        "L2 executes VMFUNC for EPTP switching: it goes on with L1's EPT number EPT12, which L1 has put into "
+        "its list of EPTPs. ad: that EPTP enables accessed and dirty flags."
+    )
+    args = (_EPT12,)
+    words = ("ad",)
+    insn = "vmfunc"
+
+    def instructions(self) -> list[Instruction]:
+        flags = {self.insn} | ({"vmx-type1"} if "ad" in self.flags else set())
+        return [Instruction("VMX", 0, self.number("ept12"), frozenset(flags))]
+
+
 class Invept(VmxOp):
     verb = "invept"
     doc = "L1 executes INVEPT of TYPE 1 (its EPT number EPT12) or 2 (all its EPTs)."
@@ -243,6 +258,7 @@ NESTED_OPS: tuple[type[Op], ...] = (
     L2Apic,
     Invvpid,
     VmwriteEptp,
+    L2Eptp,
     Invept,
     *EPT12_OPS,
 )

@@ -24,7 +24,7 @@ uint64_t ept12_eptp(const struct guest *l1, uint32_t number, bool ad);
 /* Record that L1 has invalidated the EPT, or (number 0) all EPTs.  page: of L2, or EPT12_ANY_PAGE. */
 #define EPT12_ANY_PAGE UINT64_MAX
 void ept12_invalidated(struct machine *m, struct vcpu *vcpu, uint32_t number, uint64_t page);
-/* Record that L1 enters a nested guest with this EPT, or (0) without one. */
+/* Record that L1 enters a nested guest with this EPT, or (0) without one, or that the guest switches to it (VMFUNC). */
 void ept12_entered(struct machine *m, struct vcpu *vcpu, uint32_t number);
 /* Return whether the nested guest has exited to L1 for an access, which L1 has not handled yet. */
 bool ept12_violation_pending(const struct guest *l1);

@@ -46,6 +46,7 @@ enum guest_insn {
 	GUEST_INSN_INVVPID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid: the VPID */
 	GUEST_INSN_VMWRITE_EPTP, /* operand: EPT_POINTER of the current VMCS12; 0 clears "enable EPT" */
 	GUEST_INSN_INVEPT,     /* operand: EPTP, for type 1; exit.invpcid_type */
+	GUEST_INSN_VMFUNC,     /* of a nested guest, function 0: switch to the EPTP that is the operand, of L1's list */
 };
 
 /* The check of the VMCS12 with which VM entry fails (SDM vol. 3C, 27.2, 27.3.1 and 27.4).  Of the controls: the

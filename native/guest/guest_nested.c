@@ -141,7 +141,7 @@ static uint64_t operand_of(const struct guest *l1, const struct guest_op *op)
 
 	if (insn == GUEST_INSN_INVVPID)
 		return canonical_address(op->linear);
-	if (insn == GUEST_INSN_VMWRITE_EPTP)
+	if (insn == GUEST_INSN_VMWRITE_EPTP || insn == GUEST_INSN_VMFUNC)
 		return ept12_eptp(l1, (uint32_t)op->value, type);
 	if (insn == GUEST_INSN_INVEPT)
 		return type == INVEPT_SINGLE ? ept12_eptp(l1, (uint32_t)op->value, false) : 0;
@@ -183,6 +183,10 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 	case GUEST_INSN_VMCALL:
 		if (!w->guest->vmx.vpid12)
 			transition_executed(w);
+		break;
+	case GUEST_INSN_VMFUNC:
+		w->guest->vmx.ept12 = (uint32_t)op->value;
+		ept12_entered(w->m, w->vcpu, w->guest->vmx.ept12);
 		break;
 	case GUEST_INSN_INVVPID:
 		invvpid(w, type, op->value, op->linear >> 12 & GUEST_PAGE_MASK);

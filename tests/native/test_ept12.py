@@ -15,7 +15,7 @@ from tests.native.test_program import op, run
 from tests.support import CPU0
 
 INSN.update(
-    {name: getattr(lib, f"GUEST_INSN_{name.upper()}") for name in ("vmwrite_eptp", "invept")},
+    {name: getattr(lib, f"GUEST_INSN_{name.upper()}") for name in ("vmwrite_eptp", "invept", "vmfunc")},
 )
 PAGE, GFN, OTHER = 0x20, 0x30, 0x31
 RWX, LEAF = 7, 0x37
@@ -128,3 +128,34 @@ def test_a_violation_ends_the_use_of_a_page_that_is_mapped(machine: Hypervisor, 
     lib.vcpu_set_guest_mode(machine.m, vcpu, 1)
     run(machine, vcpu, op("read", A))
     assert set(machine.violations()) == ({"l1-stale"} if mapped else set())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_vmfunc_ends_the_use_of_another_ept(machine: Hypervisor, number: int) -> None:
+    """A switch to the EPT in use changes nothing."""
+    vcpu = nested_vcpu(machine)
+    for ept, gfn in ((1, GFN), (2, OTHER)):
+        run(machine, vcpu, *(ept12("map", page, page, number=ept) for page in range(896, 960)))
+        run(machine, vcpu, ept12("map", GFN, gfn, number=ept))
+    run(machine, vcpu, vmx("vmptrld", 1))
+    run(machine, vcpu, vmx("vmwrite_eptp", 1))
+    enter(machine, vcpu, 1, 5)
+    run(machine, vcpu, op("map", A, GFN), op("read", A))
+    assert run(machine, vcpu, vmx("vmfunc", number)) == lib.EXIT_INSTRUCTION
+    assert (machine.exit.access, machine.exit.linear & 0xFFF) == (lib.GUEST_INSN_VMFUNC, 0x1E)
+    run(machine, vcpu, op("read", A))
+    assert set(machine.violations()) == ({"l1-stale"} if number == 2 else set())
+
+
+def test_in_smm_l1_handles_no_exit_of_its_guest(machine: Hypervisor) -> None:
+    vcpu = nested_vcpu(machine)
+    run(machine, vcpu, ept12("map", PAGE, GFN), vmx("vmptrld", 1))
+    run(machine, vcpu, vmx("vmwrite_eptp", 1))
+    enter(machine, vcpu, 1, 5)
+    lib.vcpu_nested_ept_violation(machine.m, vcpu, OTHER << 12, False)
+    lib.vcpu_set_guest_mode(machine.m, vcpu, 0)
+    handles = []
+    for smm in (True, False):
+        lib.vcpu_set_smm(machine.m, vcpu, smm)
+        handles.append(bool(lib.vcpu_handles_violation(machine.m, vcpu)))
+    assert handles == [False, True]

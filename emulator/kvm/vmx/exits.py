@@ -22,7 +22,8 @@ from emulator.kvm.regs import (
 )
 from emulator.kvm.smm import emulator_leave_smm
 from emulator.kvm.structs import Vcpu
-from emulator.kvm.vmx.nested import handle_vmx_instruction, nested_vmx_vmexit
+from emulator.kvm.vmx.nested import nested_vmx_vmexit
+from emulator.kvm.vmx.nested_insn import handle_vmx_instruction
 from emulator.kvm.vmx.vmcs12 import nested_cpu_virtualizes_apic
 from emulator.machine.runtime import Cpu, MachineError, cpu_relax
 from native import lib

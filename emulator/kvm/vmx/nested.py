@@ -8,8 +8,6 @@ makes them for the next context only after it has changed is_guest_mode().
 
 from __future__ import annotations
 
-from typing import Final
-
 from emulator.kvm.accounting import flush_elided
 from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_CURRENT, KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.fault import KvmPageFault
@@ -18,7 +16,6 @@ from emulator.kvm.mmu.roots import (
     kvm_mmu_free_guest_mode_roots,
     kvm_mmu_free_roots,
     kvm_mmu_new_pgd,
-    mmu_roots,
 )
 from emulator.kvm.structs import Vcpu, tdp_enabled
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
@@ -26,7 +23,6 @@ from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.kvm.vmx.apic import apic_access_hfn
 from emulator.kvm.vmx.nested_ept import (
-    handle_invept,
     nested_ept_init_mmu_context,
     nested_ept_uninit_mmu_context,
     sync_violating_gpa,
@@ -50,56 +46,7 @@ from emulator.kvm.vmx.vmx import vmx_switch_vmcs, vpid_sync, vpid_sync_vcpu_addr
 from emulator.kvm.vmx.vmx_ops import VMX_VPID_EXTENT_INDIVIDUAL_ADDR
 from emulator.machine.runtime import Cpu, OutOfFrames
 from native import lib
-from native.types import Gfn, VmStat, Vpid
-
-# Instructions of L1 that may free roots of guest_mmu.
-_FREES_ROOTS: Final = (
-    lib.GUEST_INSN_INVEPT,
-    lib.GUEST_INSN_VMPTRLD,
-    lib.GUEST_INSN_VMCLEAR,
-    lib.GUEST_INSN_VMXOFF,
-)
-# The counters of instructions that are counted.
-_STATS: Final[dict[int, VmStat]] = {
-    lib.GUEST_INSN_VMLAUNCH: lib.STAT_NESTED_RUN,
-    lib.GUEST_INSN_INVEPT: lib.STAT_NESTED_INVEPT,
-    lib.GUEST_INSN_INVVPID: lib.STAT_NESTED_INVVPID,
-}
-
-
-def handle_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
-    """Emulate a VMX instruction of L1, or (VMCALL) let L2 exit to L1, and keep statistics of it."""
-    roots = len(mmu_roots(vcpu.guest_mmu))
-    emulate_vmx_instruction(cpu, vcpu, insn, operand)
-    if insn in _STATS:
-        cpu.stat(vcpu.kvm.id, _STATS[insn])
-    if insn in _FREES_ROOTS:
-        cpu.stat(vcpu.kvm.id, lib.STAT_NESTED_ROOTS_FREED, roots - len(mmu_roots(vcpu.guest_mmu)))
-
-
-def emulate_vmx_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> None:
-    """handle_vmxon(), handle_vmlaunch() and the other handlers of VMX instructions."""
-    if insn == lib.GUEST_INSN_VMXON:
-        enter_vmx_operation(cpu, vcpu)
-    elif insn == lib.GUEST_INSN_VMXOFF:
-        free_nested(cpu, vcpu)
-    elif insn == lib.GUEST_INSN_VMPTRLD:
-        handle_vmptrld(cpu, vcpu, operand)
-    elif insn == lib.GUEST_INSN_VMCLEAR:
-        handle_vmclear(cpu, vcpu, operand)
-    elif insn == lib.GUEST_INSN_VMWRITE:
-        handle_vmwrite(vcpu, vcpu.exit.invpcid_type, operand)
-    elif insn == lib.GUEST_INSN_VMLAUNCH:
-        nested_vmx_run(cpu, vcpu, vcpu.exit.invpcid_type)
-    elif insn == lib.GUEST_INSN_VMCALL:
-        nested_vmx_vmexit(cpu, vcpu)
-    elif insn == lib.GUEST_INSN_VMWRITE_EPTP:
-        vcpu.nested.vmcs12().ept_pointer = operand
-    elif insn == lib.GUEST_INSN_INVEPT:
-        handle_invept(cpu, vcpu, vcpu.exit.invpcid_type, operand)
-    else:
-        handle_invvpid(cpu, vcpu, vcpu.exit.invpcid_type, operand)
-
+from native.types import Gfn, Vpid
 
 # --- VMXON, VMXOFF, and the current VMCS12 ------------------------------------------------------------------
 

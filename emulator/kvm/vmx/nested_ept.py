@@ -11,12 +11,15 @@ from __future__ import annotations
 from typing import Final
 
 from emulator.kvm.accounting import flush_elided
+from emulator.kvm.kvm_host import KVM_REQ_TLB_FLUSH_GUEST
 from emulator.kvm.mmu.fault import KvmPageFault
 from emulator.kvm.mmu.roots import kvm_mmu_free_roots, kvm_mmu_new_pgd, mmu_roots
 from emulator.kvm.mmu.shadow_roots import init_kvm_shadow_ept_mmu
 from emulator.kvm.mmu.structs import KvmMmuRootInfo
 from emulator.kvm.mmu.sync import kvm_mmu_invalidate_addr_in_root
 from emulator.kvm.structs import Vcpu
+from emulator.kvm.virt.requests import kvm_make_request
+from emulator.kvm.vmx.vmcs12 import nested_cpu_has_vpid
 from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root
 from emulator.kvm.vmx.vmx_ops import VMX_EPT_EXTENT_CONTEXT
 from emulator.machine.runtime import Cpu
@@ -37,6 +40,22 @@ def nested_ept_new_eptp(cpu: Cpu, vcpu: Vcpu) -> None:
     eptp = vcpu.nested.vmcs12().ept_pointer
     init_kvm_shadow_ept_mmu(vcpu, accessed_dirty=bool(eptp & _EPTP_AD))
     kvm_mmu_new_pgd(cpu, vcpu, eptp)
+
+
+def nested_vmx_eptp_switching(cpu: Cpu, vcpu: Vcpu, eptp: int) -> None:
+    """nested_vmx_eptp_switching(): L2 switches to another EPT of L1's by VMFUNC, without an exit to L1.
+
+    Like a VM entry with another EPTP, it goes back to a cached root of that EPT, or leaves it to
+    kvm_mmu_reload() (since 5.14; before, all roots of the vCPU were freed).  Linux reads the EPTP from L1's
+    list; here the instruction has it.
+    """
+    vmcs12 = vcpu.nested.vmcs12()
+    if vmcs12.ept_pointer == eptp:
+        return
+    vmcs12.ept_pointer = eptp
+    nested_ept_new_eptp(cpu, vcpu)
+    if not nested_cpu_has_vpid(vmcs12):
+        kvm_make_request(cpu, vcpu, KVM_REQ_TLB_FLUSH_GUEST)
 
 
 def nested_ept_uninit_mmu_context(vcpu: Vcpu) -> None:

@@ -115,6 +115,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-store-not-tracked": ("nested-ept-table", EPT12, ""),
     "nested-table-left-writable": ("nested-ept-unsync", TABLE_PROTECTED, ""),
     "nested-unmap-forgets-flush": ("nested-ept-host-unmap", FLUSH, ""),
+    "nested-vmfunc-keeps-root": ("nested-vmfunc", EPT12, ""),
     "nested-violation-current-only": ("nested-ept-violation", EPT12, ""),
     "nested-violation-without-sync": ("nested-ept-violation", EPT12, ""),
     "nested-without-rmaps": ("nested-ept-host-unmap", SKIPPED, "promise"),

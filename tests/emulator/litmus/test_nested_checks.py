@@ -114,6 +114,8 @@ EPT = '"ept12-map 1 0x20 0x30", "vmxon", "vmptrld 1", "vmwrite-eptp 1 ad", "inve
 def test_an_ept_of_l1s() -> None:
     """L1 needs no VMX operation for stores to its memory."""
     parse(f"{EPT}, {GOOD[9:]}", "[[vm]]", "[[vm]]\npaging = true")
+    switch = '"ept12-map 2 1 1", "l2-enter", "l2-eptp 2 ad", "l2-eptp 1", "l2-exit"'
+    parse(f"{EPT}, {switch}", "[[vm]]", "[[vm]]\npaging = true")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,9 @@ def test_an_ept_of_l1s() -> None:
         ('"vmxon", "invept 1"', "paging = true", "expected the number of an EPT for type 1"),
         ('"vmxon", "invept 2 1"', "paging = true", "expected no EPT for type 2"),
         ('"vmxon", "vmptrld 1", "l2-enter", "ept12-unmap 1 0x20"', "paging = true", "an l2-exit before it"),
+        ('"vmxon", "vmptrld 1", "l2-eptp 1"', "paging = true", "expected an l2-enter before it"),
+        (f'{EPT}, "vmwrite-eptp 0", "l2-enter", "l2-eptp 1"', "paging = true", "a vmwrite-eptp EPT12 before"),
+        (f'{EPT}, "l2-enter", "l2-eptp 2"', "paging = true", "expected an ept12-map 2 PAGE GFN before it"),
     ],
 )
 def test_an_ept_that_l1_cannot_have_is_refused(ops: str, vm: str, problem: str) -> None:
