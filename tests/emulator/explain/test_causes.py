@@ -123,6 +123,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "nested-invvpid-ignored": ("nested-invvpid", ELIDED, "elided"),
     "nested-invvpid-on-wrong-pcpu": ("nested-invvpid-elsewhere", ELIDED, "elided"),
     "nested-transition-without-flush": ("nested-no-vpid", ELIDED, "elided"),
+    "nested-transition-syncs-one-root": ("nested-ept0-pcid", SYNCED, ""),
     "nested-run-with-wrong-vpid": ("nested-invvpid", NARROW, "flush"),
     "guest-flush-by-invept": ("nested-ept0-no-vpid", TAGS, ""),
     "nested-invvpid-keeps-roots": ("nested-ept0-invvpid", SYNCED, ""),
