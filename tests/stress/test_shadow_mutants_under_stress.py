@@ -41,7 +41,7 @@ def test_mutant_is_caught(scenario: str, mutant: str, kind: str, precondition: s
 @pytest.mark.stress
 @pytest.mark.timeout(300)
 def test_a_sync_without_its_flush_is_caught_where_kvm_is_slow() -> None:
-    """Another vCPU must use a page between the flush that write-protects its table and the sync that drops its
+    """Another vCPU must use a page between the flush that protects its table and the sync that drops its
     SPTE: some microseconds, without delays."""
     is_caught("late-threads", "shadow-sync-without-flush", "use-after-free", "guest_invalidations", chaos=30)
 
