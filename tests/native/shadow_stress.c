@@ -4,72 +4,18 @@
  * Correct: no violation, with and without VPIDs.  With the flush left out, with faults that do not retry, or with INVLPG
  * that KVM does not emulate: violations.
  */
-#include "storm.h"
-
-#include "shadow_machine.h"
-
-#include "tlb/tlb_flush.h"
-#include "walk/flush.h"
-
-struct world {
-	struct storm storm; /* first, so that a storm's address is its world's */
-	struct shadow_vm shadow;
-	struct shadow_vcpu vcpu[STORM_VCPUS];
-};
-
-static void flush(struct storm *s, uint32_t vcpu)
-{
-	uint32_t vpid = ((struct world *)s)->vcpu[vcpu].vpid;
-
-	/* VM entry and exit flush without a VPID. */
-	if (vpid)
-		flush_invvpid_single(s->m, vcpu, s->vm, vpid, REASON_REMOTE_NOTIFIER);
-}
-
-static bool handle_exit(struct storm *s, uint32_t vcpu, int reason, const struct vcpu_exit *out)
-{
-	struct world *w = (struct world *)s;
-
-	return shadow_exit(&w->shadow, vcpu, &w->vcpu[vcpu], reason, out);
-}
-
-static bool zap(struct storm *s, uint32_t cpu, uint64_t start, uint64_t end)
-{
-	bool any = false;
-
-	for (uint64_t gfn = start; gfn < end; gfn++)
-		any |= shadow_zap_gfn(&((struct world *)s)->shadow, cpu, gfn);
-	return any;
-}
+#include "shadow_storm.h"
 
 static uint64_t run(enum mutant mutant, bool vpid, uint32_t rounds, uint32_t chaos)
 {
-	static const struct storm_mmu shadow_mmu = { flush, handle_exit, zap };
-	struct world *w = calloc(1, sizeof(*w));
-	struct storm *s = &w->storm;
-	uint64_t values[COUNTERS], all;
+	struct shadow_storm *w = shadow_storm_create(mutant, chaos);
+	uint64_t values[COUNTERS];
 
-	storm_create(s, &shadow_mmu, mutant, chaos);
-	w->shadow.m = s->m;
-	w->shadow.vm = s->vm;
-	w->shadow.gfns = STORM_GFNS;
-	w->shadow.no_retry = mutant == NO_RETRY;
 	for (uint32_t cpu = 0; cpu < STORM_VCPUS; cpu++) {
-		storm_guest(s, cpu, 96, vpid);
-		w->vcpu[cpu].vcpu = cpu;
-		w->vcpu[cpu].deaf = mutant == NO_INVLPG;
-		shadow_vcpu_create(&w->shadow, STORM_VCPUS, &w->vcpu[cpu], vpid ? cpu + 1 : 0);
-		s->vmcs[cpu] = w->vcpu[cpu].vmcs;
+		storm_guest(&w->storm, cpu, 96, vpid);
+		shadow_storm_vcpu(w, cpu, vpid ? cpu + 1 : 0);
 	}
-	all = storm_run(s, rounds, values);
-	printf("    %u zaps, %lu accesses, %lu exits for faults, %lu for instructions, %lu violations\n",
-	       atomic_load(&s->zaps), (unsigned long)values[COUNT_ACCESSES],
-	       (unsigned long)values[COUNT_EXIT_EXCEPTION], (unsigned long)values[COUNT_EXIT_INSTRUCTION],
-	       (unsigned long)all);
-	CHECK(values[COUNT_EXIT_EXCEPTION] && values[COUNT_EXIT_INSTRUCTION]);
-	machine_destroy(s->m);
-	free(w);
-	return all;
+	return shadow_storm_end(w, rounds, values);
 }
 
 int main(int argc, char **argv)
