@@ -21,6 +21,7 @@ from emulator.cli.options import (
     expanded,
     refuse,
 )
+from emulator.cli.replay import replay
 from emulator.cli.sweep import HtmlOption, Sweep, SweepOptions, check_html, run_sweep
 from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import BadInput
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from emulator.report.result import Result
 
 DEFAULT_COMPARED = "migration-storm"
+_WORKLOAD = ".workload"
 
 PoliciesOption = Annotated[
     list[str] | None,
@@ -77,12 +79,20 @@ def compare(
 
     With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, shown as medians with
     intervals, which with --store goes on where it stopped. Its seed is 0 unless --seed gives another.
+
+    With a file that ends in .workload it is `flushlab replay`: the recording's events under each policy.
     """
     from emulator.compare.runner import Plan
     from emulator.policy.suitable import check_suits
     from emulator.scenario import limits
     from emulator.scenario.config import load_scaled
 
+    if scenario.endswith(_WORKLOAD):
+        expected = "a scenario; with a workload: --policy, --costs and --json only"
+        every = {parameter.name or "" for parameter in context.command.params}
+        refuse(context, every - {"scenario", "policies", "costs", "as_json"}, "with a workload", expected)
+        replay(Path(scenario), _with_baseline(policies or []), options.costs, as_json)
+        return
     chosen = load_policies(policies or [])
     check_html(html)
     if options.given:
@@ -166,6 +176,11 @@ def _sweep(
             "unbounded": options.unbounded,
         },
     )
+
+
+def _with_baseline(texts: list[str]) -> list[str]:
+    """Return the policies; with the default one first if there is no other to compare with."""
+    return [DEFAULT_POLICY, *texts] if len(texts) == 1 and texts[0] != DEFAULT_POLICY else texts
 
 
 def load_policies(texts: list[str]) -> tuple[Policy, ...]:

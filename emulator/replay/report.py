@@ -18,6 +18,7 @@ from emulator.scenario.costs import Costs, CycleLine, modelled_cycles
 
 VERSION: Final = 1
 _NARROW: Final = 20
+_TOTAL: Final = ""
 _BUT_MOVES: Final = "flush_all_but_moves"
 RULES: Final = (
     "A replay has the recording's page faults and no other access: it counts flushes, and judges no use.",
@@ -55,6 +56,11 @@ class Replayed:
         return {name: found[name] for name in sorted(found) if found[name]}
 
     @property
+    def cycles_by_item(self) -> dict[str, float]:
+        """Return the modelled cycles of flushing by kind of event, without kinds that cost none."""
+        return {line.item: line.cycles for line in self.cycles if line.group == "flush" and line.cycles}
+
+    @property
     def flush_cycles(self) -> float:
         return sum(line.cycles for line in self.cycles if line.group == "flush")
 
@@ -84,10 +90,19 @@ def document(workload: Workload, found: Sequence[Replayed]) -> dict[str, Any]:
                 "migrations": one.snapshot.kvm("migrations"),
                 "flushes_elided": one.snapshot.kvm("flushes_elided"),
                 "flush_cycles": one.flush_cycles,
+                "flush_cycles_by_item": one.cycles_by_item,
             }
             for one in found
         ],
     }
+
+
+def _beside_first(found: Sequence[Replayed], item: str) -> list[str]:
+    """Return the cycles under each policy, and beside them the change from the first policy."""
+    cycles = [one.flush_cycles if item == _TOTAL else one.cycles_by_item.get(item, 0.0) for one in found]
+    shown = [short(value) if value else "0" for value in cycles]
+    changes = [f" {(value / cycles[0] - 1) * 100:+.0f}%" if cycles[0] else "" for value in cycles]
+    return [shown[0], *(text + change for text, change in zip(shown[1:], changes[1:], strict=True))]
 
 
 def table(workload: Workload, found: Sequence[Replayed], width: int) -> RenderableType:
@@ -119,6 +134,8 @@ def table(workload: Workload, found: Sequence[Replayed], width: int) -> Renderab
     elided = [one.snapshot.kvm("flushes_elided") for one in found]
     if any(elided):
         rows.add_row("flushes elided", "", *(f"{n:,}" for n in elided))
-    rows.add_row("cycles of flushing, modelled", "", *(short(one.flush_cycles) for one in found))
+    rows.add_row("cycles of flushing, modelled", "", *(_beside_first(found, _TOTAL)))
+    for item in dict.fromkeys(item for one in found for item in one.cycles_by_item):
+        rows.add_row(f"  {item.replace('_', ' ')}", "", *(_beside_first(found, item)))
     notes = [f"Not replayed: {count:,} {reason}." for reason, count in workload.left_out.items()]
     return Group(head, *legend, Text(), rows, Text(), *(Text(note, style="dim") for note in (*notes, *RULES)))

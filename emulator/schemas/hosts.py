@@ -87,6 +87,7 @@ class ReplayedPolicy(Part):
     migrations: int
     flushes_elided: int
     flush_cycles: float
+    flush_cycles_by_item: dict[str, float]
 
 
 class ReplayDocument(Part):

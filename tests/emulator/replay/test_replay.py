@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from emulator.cli.main import main
 from emulator.hosttrace.workload import BLOCK, Step, Workload
+from emulator.hosttrace.workload_file import text_of
 from emulator.policy import spelled_policy
 from emulator.replay.machine import Replay
 from emulator.report.result import Snapshot
@@ -47,6 +49,26 @@ def test_a_replay_has_one_course_and_another_policy_another() -> None:
     other = counts("linux-6.12+migration=none")
     assert other.kvm("flush_all") == first.kvm("flush_all") - 3
     assert other.kvm("remote_tlb_flush_requests") == first.kvm("remote_tlb_flush_requests")
+
+
+@pytest.mark.slow
+def test_compare_takes_a_workload_as_a_scenario(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kvm.workload"
+    path.write_text(text_of(workload_of(whole())))
+    both = ["--policy", "linux-7.3", "--policy", "linux-7.3+migration=none"]
+    assert main(["replay", str(path), *both]) == 0
+    replayed = capsys.readouterr().out
+    assert main(["compare", str(path), *both[2:]]) == 0
+    assert capsys.readouterr().out == replayed
+    # The cost by cause, and the savings of the other policy.
+    (total,) = (line for line in replayed.splitlines() if line.startswith("cycles of flushing"))
+    assert re.search(r" -\d+%$", total.rstrip())
+    assert main(["compare", str(path), *both, "--json"]) == 0
+    for policy in json.loads(capsys.readouterr().out)["policies"]:
+        assert sum(policy["flush_cycles_by_item"].values()) == pytest.approx(policy["flush_cycles"])
+        assert len(policy["flush_cycles_by_item"]) > 1
+    assert main(["compare", str(path), *both, "--repeat", "2"]) == 2
+    assert "--repeat" in capsys.readouterr().err
 
 
 @pytest.mark.slow
