@@ -327,7 +327,10 @@ PLANTED: Final[dict[str, tuple[tuple[Script, ...], type[MachineStates], type[Way
 }
 
 
-@pytest.mark.parametrize("part", PLANTED)
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=pytest.mark.slow) if part == "holdouts" else part for part in PLANTED],
+)
 def test_each_part_of_the_key_counts(part: str) -> None:
     scripts, states_of, ways_of = PLANTED[part]
     pairs, differences = found(scripts)
