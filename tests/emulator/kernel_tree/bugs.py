@@ -21,6 +21,7 @@ class Bug:
     function: str
     pattern: str
     replacement: str
+    file: str = "tdp_mmu.c"
 
 
 _RCU = r"call_rcu\(([^,]*), (\w+)\)"
@@ -72,12 +73,21 @@ def copied(top: Path, to: Path) -> Path:
 
 
 def apply(bug: Bug, original: Path, tree: Path) -> bool:
-    """Write tdp_mmu.c with the bug into the copy; return False if the function has no such place."""
-    text = (original / MMU / "tdp_mmu.c").read_text()
+    """Write the file with the bug into the copy, of which all else is as in the original; return False if the
+    function has no such place."""
+    for name in ("tdp_mmu.c", "tdp_iter.c", "tdp_iter.h"):
+        shutil.copyfile(original / MMU / name, tree / MMU / name)
+    text = changed(bug, (original / MMU / bug.file).read_text())
+    if text is not None:
+        (tree / MMU / bug.file).write_text(text)
+    return text is not None
+
+
+def changed(bug: Bug, text: str) -> str | None:
+    """Return the file's text with the bug; None if the function has no such place."""
     start = re.search(rf"^[a-z][^;{{}}()]*\b{bug.function}\([^;{{}}]*\)\n{{", text, re.MULTILINE)
     if start is None:
-        return False
+        return None
     end = text.index("\n}", start.end())
-    body, changed = re.subn(bug.pattern, bug.replacement, text[start.end() : end], count=1)
-    (tree / MMU / "tdp_mmu.c").write_text(text[: start.end()] + body + text[end:])
-    return bool(changed)
+    body, n = re.subn(bug.pattern, bug.replacement, text[start.end() : end], count=1)
+    return text[: start.end()] + body + text[end:] if n else None

@@ -27,7 +27,10 @@ from tests.emulator.kernel_tree.trees import found_trees
 
 # Tests of which the search ends, for the model and for the tree.
 ENDING = (
-    "aged-exec", "aged-read", "apic-migrate", "apic-mode", "away-zap", "return-zap",
+    "aged-exec", "aged-read", "apic-migrate", "away-zap", "host-split-away", "huge-collapse",
+    "join-after-zap", "log-clear-manual", "log-get-away", "nested-ept-unmap", "remote-exec",
+    "remote-levels", "remote-smm", "return-page-migration", "return-zap", "root-recycled-elsewhere",
+    "stale-dead-root", "zap-leafs-yield", "zap-root-order", "zap-yield-restart",
 )  # fmt: skip
 
 
