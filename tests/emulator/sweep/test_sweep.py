@@ -259,6 +259,7 @@ def test_four_runs_are_the_fewest_that_can_differ() -> None:
         assert bool(p <= SIGNIFICANT) is can
 
 
+@pytest.mark.slow
 def test_a_refuted_policy_has_no_gain() -> None:
     records = [record_of(unit) for unit in grid(repeat=4).units]
     for record in records:

@@ -106,7 +106,6 @@ def test_parquet_has_the_rows_of_csv(tmp_path: Path) -> None:
     ("options", "error"),
     [
         (["--vary", "vm.count=1", "--vary", "vm.count=2"], "--vary: found vm.count twice"),
-        (["--vary", "vm.count=1", "--html", "x.html"], "--html: found with a sweep"),
         (["--jobs", "2"], "--jobs: found without a sweep"),
         (["--table", "x.txt"], "--table: found x.txt; expected a file that ends in .csv or .parquet"),
         (["--vary", "vm.count=1", "--shard", "2/1"], "--shard: found '2/1'"),
