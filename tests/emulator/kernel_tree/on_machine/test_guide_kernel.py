@@ -55,7 +55,7 @@ def executed(command: str, top: Path, cache: Path) -> subprocess.CompletedProces
 
 def test_the_commands_do_what_the_page_says(copy: Path, tmp_path: Path) -> None:
     found = commands()
-    assert len(found) == 6
+    assert len(found) == 7
     for command in found:
         if "remote-two-vcpus" in command:
             continue
