@@ -151,7 +151,7 @@ def test_a_node_is_forgotten_when_everything_behind_it_is_done() -> None:
 @pytest.mark.slow
 def test_several_processes_find_what_one_finds() -> None:
     """More than are done plainly, and than this process does alone."""
-    program = LitmusProgram(load_test("fault-mid-invalidation"), named_policy("linux-7.3"))
+    program = LitmusProgram(load_test("zap-range-fault"), named_policy("linux-7.3"))
     found: list[Found] = []
     told: list[int] = []
     with instrument(program.control):
