@@ -16,6 +16,7 @@ from emulator.explain.meanings import (
     EARLY,
     ELIDED,
     FILL,
+    FORBIDDEN,
     LATE,
     MISSED,
     NARROW,
@@ -41,7 +42,8 @@ class RaceAnalysis(Timeline):
         self._asked: int | None = None
         self._kicked = False
         self._promised = self._last(self._is_promise) if facts.promised else None
-        # A mapping to the frame that the fault had looked up before the promise.
+        # A mapping to the frame that the fault had looked up before the promise, or that permits more than
+        # the host does.
         self._outdated = self._remapped = self._outdated_map()
         self._start = self._fill()
         self._revoked = self._revocation() if self._outdated is None else None
@@ -133,7 +135,7 @@ class RaceAnalysis(Timeline):
         self._keep(revoked, REVOKE)
         self._keep(self._promised, PROMISE)
         if self._outdated is not None:
-            self._keep(self._outdated, OUTDATED)
+            self._keep(self._outdated, FORBIDDEN if facts.custody_holds else OUTDATED)
             faulted = self._last(lambda e: e.kind == "exit" and e.a == facts.vcpu, before=self._promised)
             self._keep(faulted)
         if self._stale is not None:
@@ -269,7 +271,7 @@ class RaceAnalysis(Timeline):
         after the promise, or before the revocation, and mark it.
         """
         promised = self._promised
-        if {LATE, OUTDATED} & set(self.meanings.values()):
+        if {LATE, OUTDATED, FORBIDDEN} & set(self.meanings.values()):
             return True
         if promised is None or self._revoked is None:
             return False

@@ -23,7 +23,7 @@ class Facts:
     """A report's account of a use (emulator.report.violation); -1 is unknown.
 
     `live` counts the SPTEs that still mapped the page at the use.  linear: the entry was derived from the
-    shadow MMU's tables.
+    shadow MMU's tables.  custody_holds: the host has not taken the frame since the fault looked it up.
     """
 
     kinds: tuple[str, ...] = ()
@@ -42,6 +42,7 @@ class Facts:
     root: int = -1
     live: int = 0
     linear: bool = False
+    custody_holds: bool = False
 
     @classmethod
     def of_report(cls, report: Mapping[str, Any]) -> Facts:
@@ -66,6 +67,7 @@ class Facts:
             root=entry.get("ep4ta", -1),
             live=report.get("live_sptes", 0),
             linear=entry.get("kind") == "linear",
+            custody_holds=entry.get("custody_holds", False),
         )
 
     @property

@@ -16,6 +16,7 @@ NARROW: Final = "narrow"
 REFUSED: Final = "refused"
 MISSED: Final = "missed"
 OUTDATED: Final = "outdated"
+FORBIDDEN: Final = "forbidden"
 EARLY: Final = "early"
 SKIPPED: Final = "skipped"
 UNNOTIFIED: Final = "unnotified"
@@ -33,6 +34,6 @@ UNNAMED: Final = "unnamed"
 
 # Moments that are to blame: an action that is missing, too narrow, too early or too late.
 CULPRITS: Final = (
-    *(ELIDED, LATE, NARROW, REFUSED, MISSED, OUTDATED, EARLY, SKIPPED, UNNOTIFIED),
+    *(ELIDED, LATE, NARROW, REFUSED, MISSED, OUTDATED, FORBIDDEN, EARLY, SKIPPED, UNNOTIFIED),
     *(UNPROTECTED, REOPENED, MARKED_EARLY),
 )

@@ -46,7 +46,7 @@ static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic u
 	/* Only into empty entries: frozen SPTEs and mappings of another fault are not touched. */
 	if (atomic_load_explicit(sptep, memory_order_relaxed))
 		return false;
-	ledger_grant_one(c, gfn, hfn, spte_custody(spte) == frame_host_tag(m->frames, hfn), spte & SPTE_WRITABLE);
+	ledger_grant_one(c, m->frames, gfn, hfn, spte_custody(spte) == frame_host_tag(m->frames, hfn), spte & SPTE_WRITABLE);
 	/* Orders as in spte_try_change(). */
 	if (atomic_compare_exchange_strong_explicit(sptep, &old, spte, memory_order_acq_rel, memory_order_relaxed))
 		return true;

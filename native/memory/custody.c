@@ -18,11 +18,12 @@ static uint32_t host_tag_advance(struct frames *f, uint32_t hfn)
 	uint16_t old = atomic_load_explicit(&f->host_tag[hfn], memory_order_relaxed);
 	uint16_t next;
 
-	/* Release: pairs with the acquire of frame_host_tag, in which a fault takes its custody. */
+	/* Release: pairs with the acquire of frame_host, in which a fault takes its custody. */
 	do {
 		next = (uint16_t)((old + 1u) & FRAME_TAG_MASK);
-	} while (!atomic_compare_exchange_weak_explicit(&f->host_tag[hfn], &old, next, memory_order_release,
-							memory_order_relaxed));
+	} while (!atomic_compare_exchange_weak_explicit(&f->host_tag[hfn], &old,
+							(uint16_t)(next | (old & FRAME_HOST_READONLY)),
+							memory_order_release, memory_order_relaxed));
 	frame_tag_advanced(f, next);
 	/* Relaxed, like every use of host_tag_at_free: it is read only for the text of a report. */
 	if (atomic_load_explicit(&f->host_tag_at_free[hfn], memory_order_relaxed) == next)

@@ -105,6 +105,7 @@ void frame_release(struct frames *f, uint32_t hfn)
 		abort();
 	}
 	host_tag = frame_take(f, &t, hfn);
+	frame_host_permit(f, hfn, true);
 	atomic_store_explicit(&f->host_tag_at_free[hfn], (uint16_t)host_tag, memory_order_relaxed);
 	if (kind == FRAME_BLOCK)
 		atomic_store_explicit(&f->taken_at_free[hfn], t.time, memory_order_relaxed);

@@ -12,6 +12,9 @@
  *   host_tag  advanced when the host takes the frame away from its user: an mmu_notifier's promise
  *             completed, or the frame was freed.  This is the custody that a fault takes with the frame number,
  *             that the SPTE carries in spare bits, and the TLB entry after it (custody.h).
+ *
+ * Beside its host tag a frame has FRAME_HOST_READONLY: the host's own page table does not permit a write (mprotect, or
+ * copy-on-write to come).  KVM may then grant reading only, whatever the custody.
  */
 #ifndef FLUSHLAB_FRAME_H
 #define FLUSHLAB_FRAME_H
@@ -54,7 +57,7 @@ uint64_t frame_read(struct machine *m, uint32_t hfn, uint32_t word);
 void frame_write(struct machine *m, uint32_t hfn, uint32_t word, uint64_t value);
 /* end api */
 
-enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24 };
+enum { FRAME_WORDS = 512, FRAMES_MAX = 1 << 24, FRAME_HOST_READONLY = 0x8000 };
 
 /* The content of free memory.  As an SPTE or a guest's page-table entry it is not present, so that a walk that
  * strays into it ends. */
@@ -79,7 +82,7 @@ struct frames {
 	uint64_t memory_bytes;
 	uint32_t count;
 	_Atomic uint16_t *tag;
-	_Atomic uint16_t *host_tag;
+	_Atomic uint16_t *host_tag; /* with FRAME_HOST_READONLY */
 	_Atomic uint16_t *host_tag_at_free; /* host_tag right after the last free: if younger than an entry's
 					     * custody, the entry outlived the frame */
 	_Atomic uint16_t *taken;         /* frames of blocks: the clock when the frame was last taken */
@@ -109,9 +112,30 @@ static inline uint32_t frame_tag(const struct frames *f, uint32_t hfn)
 	return atomic_load_explicit(&f->tag[hfn], memory_order_relaxed);
 }
 
-static inline uint32_t frame_host_tag(const struct frames *f, uint32_t hfn)
+/* The host tag and FRAME_HOST_READONLY. */
+static inline uint32_t frame_host(const struct frames *f, uint32_t hfn)
 {
 	return atomic_load_explicit(&f->host_tag[hfn], memory_order_acquire);
+}
+
+static inline uint32_t frame_host_tag(const struct frames *f, uint32_t hfn)
+{
+	return frame_host(f, hfn) & FRAME_TAG_MASK;
+}
+
+static inline bool frame_host_readonly(const struct frames *f, uint32_t hfn)
+{
+	return frame_host(f, hfn) & FRAME_HOST_READONLY;
+}
+
+/* Relaxed: the lock under which the host's page table changes orders it for a fault that reads the table, and the SPTE
+ * that the fault installs orders it for a walk. */
+static inline void frame_host_permit(struct frames *f, uint32_t hfn, bool write)
+{
+	if (write)
+		atomic_fetch_and_explicit(&f->host_tag[hfn], FRAME_TAG_MASK, memory_order_relaxed);
+	else
+		atomic_fetch_or_explicit(&f->host_tag[hfn], FRAME_HOST_READONLY, memory_order_relaxed);
 }
 
 /* Count a tag that has gone round.  Relaxed: a statistic. */

@@ -52,7 +52,7 @@ static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, ui
 		return 0;
 	mm_fill_from(m, entry, (uint32_t)hfn);
 	entry = (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | cow | (entry & MM_READONLY);
-	mm_set(mm, hva, entry);
+	mm_set(m->frames, mm, hva, entry);
 	return entry;
 }
 
@@ -72,7 +72,7 @@ int mm_break_cow(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva)
 	entry = mm_get(mm, hva);
 	if (entry & MM_COW) {
 		mm_fill_from(m, entry, (uint32_t)hfn);
-		mm_set(mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
+		mm_set(m->frames, mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
 		hfn = mm_hfn(entry);
 	}
 	mm_region_unlock(r);
@@ -110,7 +110,7 @@ int mm_fault(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva, int wri
 	if (!error) {
 		page->hfn = mm_hfn(entry);
 		page->tag = custody_of(m, entry);
-		page->writable = !(entry & (MM_READONLY | MM_COW));
+		page->writable = mm_is_writable(entry);
 		page->level = mm_is_huge(r) ? PG_LEVEL_2M : PG_LEVEL_4K;
 	}
 	mm_region_unlock(r);
@@ -134,7 +134,7 @@ static uint32_t fault_region(struct machine *m, uint32_t cpu, struct mm *mm, uin
 			continue;
 		hfns[i] = mm_hfn(entry);
 		tags[i] = custody_of(m, entry);
-		writable[i] = !(entry & (MM_READONLY | MM_COW));
+		writable[i] = mm_is_writable(entry);
 		present++;
 	}
 	mm_region_unlock(r);
@@ -200,7 +200,7 @@ static uint32_t unmap_page(struct machine *m, uint32_t cpu, struct mm *mm, uint6
 	if (!(entry & MM_PRESENT)) {
 		if ((entry & MM_SWAPPED) && !keep) {
 			heap_free(m->heap, mm_swap(entry));
-			mm_set(mm, hva, next);
+			mm_set(m->frames, mm, hva, next);
 		}
 		return 0;
 	}
@@ -209,7 +209,7 @@ static uint32_t unmap_page(struct machine *m, uint32_t cpu, struct mm *mm, uint6
 		if (next == entry)
 			return 0;
 	}
-	mm_set(mm, hva, next);
+	mm_set(m->frames, mm, hva, next);
 	frame_free(m, cpu, mm_hfn(entry));
 	return 1;
 }
@@ -252,7 +252,7 @@ uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start
 
 			if ((entry & MM_READONLY) == want)
 				continue;
-			mm_set(mm, i, entry ^ MM_READONLY);
+			mm_set(m->frames, mm, i, entry ^ MM_READONLY);
 			changed++;
 		}
 		mm_region_unlock(r);

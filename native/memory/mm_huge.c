@@ -21,7 +21,7 @@ static int move_page(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hv
 	if (hfn < 0)
 		return MACHINE_NOMEM;
 	mm_fill_from(m, entry, (uint32_t)hfn);
-	mm_set(mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | (entry & (MM_PRESENT | MM_READONLY)));
+	mm_set(m->frames, mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | (entry & (MM_PRESENT | MM_READONLY)));
 	frame_free(m, cpu, mm_hfn(entry));
 	return 1;
 }
@@ -71,7 +71,7 @@ static int collapse(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva
 		uint64_t entry = mm_get(mm, hva + i);
 
 		mm_fill_from(m, entry, (uint32_t)block + i);
-		mm_set(mm, hva + i, (uint64_t)(block + i) << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
+		mm_set(m->frames, mm, hva + i, (uint64_t)(block + i) << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
 		if (entry & MM_PRESENT)
 			frame_free(m, cpu, mm_hfn(entry));
 	}

@@ -54,14 +54,22 @@ static inline uint64_t mm_get(const struct mm *mm, uint64_t hva)
 	return atomic_load_explicit(&mm->entry[hva], memory_order_relaxed);
 }
 
-static inline void mm_set(struct mm *mm, uint64_t hva, uint64_t entry)
-{
-	atomic_store_explicit(&mm->entry[hva], entry, memory_order_relaxed);
-}
-
 static inline uint32_t mm_hfn(uint64_t entry)
 {
 	return (uint32_t)(entry >> MM_HFN_SHIFT);
+}
+
+static inline bool mm_is_writable(uint64_t entry)
+{
+	return !(entry & (MM_READONLY | MM_COW));
+}
+
+/* A page has a frame of its own, so that the frame's permission is the page's. */
+static inline void mm_set(struct frames *f, struct mm *mm, uint64_t hva, uint64_t entry)
+{
+	if (entry & MM_PRESENT)
+		frame_host_permit(f, mm_hfn(entry), mm_is_writable(entry));
+	atomic_store_explicit(&mm->entry[hva], entry, memory_order_relaxed);
 }
 
 static inline uint64_t *mm_swap(uint64_t entry)

@@ -77,7 +77,7 @@ void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, ui
 	struct ledger_cursor c = ledger_cursor(m, vm);
 
 	for (uint64_t i = 0; i < n; i++)
-		ledger_grant_one(&c, gfn + i, hfn + (uint32_t)i,
+		ledger_grant_one(&c, m->frames, gfn + i, hfn + (uint32_t)i,
 				 frame_custody_holds(m->frames, hfn + (uint32_t)i, custody), write);
 	ledger_release(&c);
 }
@@ -92,7 +92,8 @@ void ledger_grant_write(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t h
 
 		if (e->hfn == hfn + i)
 			ledger_add(e, &e->live_write, REVOKED_WRITE,
-				   frame_custody_holds(m->frames, hfn + (uint32_t)i, custody));
+				   frame_custody_holds(m->frames, e->hfn, custody) &&
+					   !frame_host_readonly(m->frames, e->hfn));
 	}
 	ledger_release(&c);
 }

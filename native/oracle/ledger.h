@@ -136,11 +136,11 @@ static inline void ledger_release(struct ledger_cursor *c)
 	c->group = LEDGER_NO_GROUP;
 }
 
-/* Add a grant.  Under a custody that the host has withdrawn meanwhile it grants nothing and marks the right
- * revoked: the SPTE was installed for a frame that its fault no longer owned. */
-static inline void ledger_add(struct ledger_right *e, uint16_t *live, uint8_t which, bool custody_holds)
+/* Add a grant.  If the host does not permit it, it grants nothing and marks the right revoked: the SPTE was installed
+ * for a frame that its fault no longer owned, or for writes to a frame that the host protects. */
+static inline void ledger_add(struct ledger_right *e, uint16_t *live, uint8_t which, bool permitted)
 {
-	if (__builtin_expect(custody_holds, 1))
+	if (__builtin_expect(permitted, 1))
 		e->revoked &= (uint8_t)~which;
 	else if (!*live)
 		e->revoked |= which;
@@ -148,8 +148,8 @@ static inline void ledger_add(struct ledger_right *e, uint16_t *live, uint8_t wh
 }
 
 /* Grant one gfn for a leaf SPTE that is about to appear. */
-static inline void ledger_grant_one(struct ledger_cursor *c, uint64_t gfn, uint32_t hfn, bool custody_holds,
-				    bool write)
+static inline void ledger_grant_one(struct ledger_cursor *c, const struct frames *f, uint64_t gfn, uint32_t hfn,
+				    bool custody_holds, bool write)
 {
 	struct ledger_right *e = ledger_at(c, gfn);
 
@@ -161,7 +161,7 @@ static inline void ledger_grant_one(struct ledger_cursor *c, uint64_t gfn, uint3
 	}
 	ledger_add(e, &e->live_read, REVOKED_READ, custody_holds);
 	if (write)
-		ledger_add(e, &e->live_write, REVOKED_WRITE, custody_holds);
+		ledger_add(e, &e->live_write, REVOKED_WRITE, custody_holds && !frame_host_readonly(f, hfn));
 }
 
 /* Ungrant one gfn: its SPTE is gone, or has lost W.  The right changes first, then the frame's tag, which

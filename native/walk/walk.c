@@ -9,7 +9,6 @@
 #include "memory/custody.h"
 #include "memory/frame.h"
 #include "oracle/oracle.h"
-#include "oracle/tracking.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "tlb/tlb_report.h"
@@ -139,19 +138,18 @@ static __attribute__((noinline)) void doubt_nested(const struct walk *w, uint64_
 		return;
 	}
 	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
-	    (writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page)) ||
+	    (writes_doubtful(w, e, page) ||
 	     ept12_agreement(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES))
 		walk_suspect(e, ACCESS_WRITE);
 }
 
-/* Let the oracle judge the first use if L1's EPT forbids the mapping, or if KVM has promised to see the guest's
- * stores to the page: a fill takes the frame's present tag, which vouches for the SPTE only. */
+/* Let the oracle judge the first use if L1's EPT forbids the mapping, or if a write is doubtful: a fill takes the
+ * frame's present tag, which vouches for the SPTE only. */
 static inline void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	if (__builtin_expect(w->vmcs->nested_ept, 0))
 		doubt_nested(w, page, e);
-	else if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
-		 writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page)))
+	else if (e->right[ACCESS_WRITE] != RIGHT_NONE && writes_doubtful(w, e, page))
 		walk_suspect(e, ACCESS_WRITE);
 }
 

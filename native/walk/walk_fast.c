@@ -87,7 +87,7 @@ static inline bool read_spte(struct walk *w, uint64_t gfn, uint32_t type, struct
 	    frame_tag(frames, link->hfn) != (link->right & FRAME_TAG_MASK) || frame_unlinked(frames, link->hfn))
 		return false;
 	right = (uint32_t)atomic_load_explicit(&frames->tag[f->hfn], memory_order_acquire) | w->life_bits;
-	if (atomic_load_explicit(sptep, memory_order_acquire) != spte || f->custody != frame_host_tag(frames, f->hfn))
+	if (atomic_load_explicit(sptep, memory_order_acquire) != spte || !walk_leaf_permitted(frames, spte))
 		return false;
 	walk_rights(spte, right, f->right);
 	return true;

@@ -13,7 +13,6 @@
 #include "memory/custody.h"
 #include "memory/frame.h"
 #include "oracle/oracle.h"
-#include "oracle/tracking.h"
 #include "tlb/tlb.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
@@ -112,7 +111,7 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 }
 
 /* A fill takes the frame's tag of now, which vouches for the SPTE only.  Let the oracle judge the first use if the
- * guest's tables say otherwise, or if KVM has promised to see the guest's stores to this page. */
+ * guest's tables say otherwise, or if a write is doubtful. */
 static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	if (guest_contradicts(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
@@ -122,7 +121,7 @@ static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 	}
 	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
 	    (guest_contradicts(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES ||
-	     writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page))))
+	     writes_doubtful(w, e, page)))
 		walk_suspect(e, ACCESS_WRITE);
 }
 

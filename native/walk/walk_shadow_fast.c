@@ -55,7 +55,7 @@ static inline bool read_spte(struct walk *w, uint64_t page, uint32_t type, struc
 	f->gfn = atomic_load_explicit(&gfns[page & 511], memory_order_relaxed);
 	f->right = (uint32_t)atomic_load_explicit(&frames->tag[f->hfn], memory_order_acquire) | w->life_bits;
 	return atomic_load_explicit(sptep, memory_order_acquire) == f->spte &&
-	       spte_custody(f->spte) == frame_host_tag(frames, f->hfn);
+	       walk_leaf_permitted(frames, f->spte);
 }
 
 /* Return whether the guest's tables permit the translation, and KVM has promised nothing about it. */

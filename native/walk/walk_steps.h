@@ -6,6 +6,7 @@
 #include "core/machine_types.h"
 #include "ept/ept.h"
 #include "memory/frame.h"
+#include "oracle/tracking.h"
 #include "tlb/tlb.h"
 #include "walk/walk.h"
 
@@ -34,11 +35,27 @@ static inline void walk_rights(uint64_t spte, uint32_t right, uint32_t rights[AC
 	rights[ACCESS_EXECUTE] = spte & SPTE_EXECUTABLE ? right : RIGHT_NONE;
 }
 
+/* Return whether the oracle must judge a write to `page` of the translation: KVM has promised to see the guest's stores
+ * to it, or the host does not permit them. */
+static inline bool writes_doubtful(const struct walk *w, const struct tlb_entry *e, uint64_t page)
+{
+	return frame_host_readonly(w->m->frames, e->hfn + (uint32_t)(page - e->page)) ||
+	       writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page));
+}
+
 /* Let the oracle judge the first use of a right. */
 static inline void walk_suspect(struct tlb_entry *e, uint32_t type)
 {
 	if (e->right[type] != RIGHT_NONE)
 		e->right[type] ^= TAG_SUSPECT;
+}
+
+/* Return whether the custody of a 4K leaf holds, and the host permits writes if the leaf does. */
+static inline bool walk_leaf_permitted(const struct frames *frames, uint64_t spte)
+{
+	uint32_t readonly = spte & SPTE_WRITABLE ? (uint32_t)FRAME_HOST_READONLY : 0;
+
+	return (frame_host(frames, spte_hfn(spte)) & (FRAME_TAG_MASK | readonly)) == spte_custody(spte);
 }
 
 /* Set A, and D for a write.  False: the SPTE changed meanwhile and must be read again.  *spte is the table's
