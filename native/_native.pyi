@@ -516,6 +516,7 @@ class Lib:
     ACCESS_EXECUTE: Final[AccessKind]
     ACCESS_TYPES: Final[int]
     RIGHT_NONE: Final[int]
+    RIGHT_UNJUDGED: Final[int]
     EXIT_INTERRUPT: Final[int]
     EXIT_EPT_VIOLATION: Final[int]
     EXIT_EPT_MISCONFIG: Final[int]

@@ -33,8 +33,16 @@ enum access_type { ACCESS_READ, ACCESS_WRITE, ACCESS_EXECUTE, ACCESS_TYPES };
  * while the entry's dirty flag is clear). */
 enum { RIGHT_NONE = 0x8000 };
 
+/* A right that no tag can stand for: the oracle judges each use of it.  Below the life of the root page.
+ *
+ * A tag stands for one frame.  So the second level keeps the rights of a large translation unjudged: those of the page
+ * for which it was filled would be taken for rights to any other one whose frame happens to have an equal tag.  The
+ * first level has pieces of 4 KiB, which have tags. */
+enum { RIGHT_UNJUDGED = 0x8001 };
+
 /* One translation.  right[t] is the value that the custody check compares: the custody tag (15 bits) of the
- * frame for accesses of type t in bits 14:0, RIGHT_NONE otherwise, and the life of the root page in 31:16. */
+ * frame for accesses of type t in bits 14:0, or RIGHT_UNJUDGED, with the life of the root page in 31:16; RIGHT_NONE if
+ * the access is not permitted. */
 struct tlb_entry {
 	uint64_t page;     /* input page in 4 KiB units, aligned to size */
 	uint32_t hfn;      /* first 4 KiB frame of the output page */
@@ -83,8 +91,8 @@ void tlb_insert(struct tlb *t, const struct tlb_entry *entry, uint64_t page);
  * use. */
 int tlb_refill_l1(struct tlb *t, uint64_t page, struct tlb_entry *entry);
 /* Refresh the right of one access type to `page`, after a check of the entry that tlb_lookup returns: in that
- * entry and in the first level's copy, and nowhere else.  A right is one frame's custody, so the second level's
- * copy of a large translation, which serves other frames too, keeps the right that it was filled with. */
+ * entry and in the first level's copy, and nowhere else.  The second level's copy of a large translation, which serves
+ * other frames too, stays unjudged. */
 void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type, uint32_t right);
 /* Drop the translations of `page` in the current context, both levels (hardware: the ghost has flush 0). */
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page);

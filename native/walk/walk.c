@@ -202,7 +202,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 			continue;
 		/* Void custody: no tag can stand for it, so the oracle decides. */
 		if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
-			tag ^= TAG_SUSPECT;
+			tag = RIGHT_UNJUDGED;
 		fill(w, spte, level, first, l1_gfn, tag | w->life_bits, out);
 		doubt(w, gfn, out);
 		return WALK_DONE;

@@ -82,7 +82,7 @@ static bool read_leaf(const struct walk *w, const _Atomic uint64_t *slot, uint64
 	if (atomic_load_explicit(slot, memory_order_acquire) != leaf->spte)
 		return false;
 	if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(leaf->spte, leaf->level)))
-		leaf->tag ^= TAG_SUSPECT;
+		leaf->tag = RIGHT_UNJUDGED;
 	return true;
 }
 

@@ -10,10 +10,7 @@
 #include "tlb/tlb.h"
 #include "walk/walk.h"
 
-enum {
-	SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE,
-	TAG_SUSPECT = 0x4000, /* half the tag space away from the true one: no tag can stand for it, so the oracle decides */
-};
+enum { SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE };
 
 struct psc_entry;
 
@@ -47,7 +44,7 @@ static inline bool writes_doubtful(const struct walk *w, const struct tlb_entry 
 static inline void walk_suspect(struct tlb_entry *e, uint32_t type)
 {
 	if (e->right[type] != RIGHT_NONE)
-		e->right[type] ^= TAG_SUSPECT;
+		e->right[type] = (e->right[type] & ~(uint32_t)UINT16_MAX) | RIGHT_UNJUDGED;
 }
 
 /* Return whether the custody of a 4K leaf holds, and the host permits writes if the leaf does. */
