@@ -274,13 +274,6 @@ static uint32_t context_for(struct tlb *t, const struct tlb_entry *entry)
 	return t->global;
 }
 
-static void leave_unjudged(struct tlb_entry *entry)
-{
-	for (uint32_t type = 0; type < ACCESS_TYPES; type++)
-		if (entry->right[type] != RIGHT_NONE)
-			entry->right[type] = (entry->right[type] & ~(uint32_t)UINT16_MAX) | RIGHT_UNJUDGED;
-}
-
 static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry, uint64_t page)
 {
 	uint64_t id = mapping_id(entry->size, page, index), key = id << GENERATION_BITS | t->generation[index];
@@ -299,7 +292,7 @@ static void l2_fill(struct tlb *t, uint32_t index, const struct tlb_entry *entry
 		store_touch(&t->l2, cell);
 	slot->entry = *entry;
 	if (entry->size != PAGE_4K)
-		leave_unjudged(&slot->entry);
+		entry_leave_all_unjudged(&slot->entry);
 	slot->entry.page = page;
 	slot->entry.vpid = physical ? 0 : (uint16_t)t->vpid;
 	slot->entry.pcid = physical ? 0 : (uint16_t)t->pcid;

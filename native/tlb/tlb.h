@@ -35,9 +35,9 @@ enum { RIGHT_NONE = 0x8000 };
 
 /* A right that no tag can stand for: the oracle judges each use of it.  Below the life of the root page.
  *
- * A tag stands for one frame.  So the second level keeps the rights of a large translation unjudged: those of the page
- * for which it was filled would be taken for rights to any other one whose frame happens to have an equal tag.  The
- * first level has pieces of 4 KiB, which have tags. */
+ * A tag stands for one frame.  A large translation serves many, and frames may have equal tags by accident.  So the
+ * second level keeps its rights unjudged, whatever the page for which it was filled; the first level has pieces of
+ * 4 KiB, which have tags. */
 enum { RIGHT_UNJUDGED = 0x8001 };
 
 /* One translation.  right[t] is the value that the custody check compares: the custody tag (15 bits) of the
@@ -97,6 +97,19 @@ void tlb_update_right(struct tlb *t, uint32_t kind, uint64_t page, uint32_t type
 /* Drop the translations of `page` in the current context, both levels (hardware: the ghost has flush 0). */
 void tlb_drop(struct tlb *t, uint32_t kind, uint64_t page);
 /* end api */
+
+/* Let the oracle judge each use of a right that the translation has. */
+static inline void entry_leave_unjudged(struct tlb_entry *e, uint32_t type)
+{
+	if (e->right[type] != RIGHT_NONE)
+		e->right[type] = (e->right[type] & ~(uint32_t)UINT16_MAX) | RIGHT_UNJUDGED;
+}
+
+static inline void entry_leave_all_unjudged(struct tlb_entry *e)
+{
+	for (uint32_t type = 0; type < ACCESS_TYPES; type++)
+		entry_leave_unjudged(e, type);
+}
 
 /* tlb_create() with memory from a machine's heap (heap.h). */
 struct tlb *tlb_create_in(struct heap *heap, const struct machine_config *config);

@@ -133,14 +133,13 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t page, u
 static __attribute__((noinline)) void doubt_nested(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	if (ept12_agreement(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
-		for (uint32_t type = 0; type < ACCESS_TYPES; type++)
-			walk_suspect(e, type);
+		entry_leave_all_unjudged(e);
 		return;
 	}
 	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
 	    (writes_doubtful(w, e, page) ||
 	     ept12_agreement(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES))
-		walk_suspect(e, ACCESS_WRITE);
+		entry_leave_unjudged(e, ACCESS_WRITE);
 }
 
 /* Let the oracle judge the first use if L1's EPT forbids the mapping, or if a write is doubtful: a fill takes the
@@ -150,7 +149,7 @@ static inline void doubt(const struct walk *w, uint64_t page, struct tlb_entry *
 	if (__builtin_expect(w->vmcs->nested_ept, 0))
 		doubt_nested(w, page, e);
 	else if (e->right[ACCESS_WRITE] != RIGHT_NONE && writes_doubtful(w, e, page))
-		walk_suspect(e, ACCESS_WRITE);
+		entry_leave_unjudged(e, ACCESS_WRITE);
 }
 
 static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *out)

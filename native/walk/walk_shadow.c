@@ -115,14 +115,13 @@ static void fill(const struct walk *w, uint64_t page, const struct leaf *leaf, s
 static void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	if (guest_contradicts(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
-		for (uint32_t type = 0; type < ACCESS_TYPES; type++)
-			walk_suspect(e, type);
+		entry_leave_all_unjudged(e);
 		return;
 	}
 	if (e->right[ACCESS_WRITE] != RIGHT_NONE &&
 	    (guest_contradicts(w->vcpu, e, page, ACCESS_WRITE) != GUEST_AGREES ||
 	     writes_doubtful(w, e, page)))
-		walk_suspect(e, ACCESS_WRITE);
+		entry_leave_unjudged(e, ACCESS_WRITE);
 }
 
 static enum walk_result find(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out)

@@ -40,13 +40,6 @@ static inline bool writes_doubtful(const struct walk *w, const struct tlb_entry 
 	       writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page));
 }
 
-/* Let the oracle judge the first use of a right. */
-static inline void walk_suspect(struct tlb_entry *e, uint32_t type)
-{
-	if (e->right[type] != RIGHT_NONE)
-		e->right[type] = (e->right[type] & ~(uint32_t)UINT16_MAX) | RIGHT_UNJUDGED;
-}
-
 /* Return whether the custody of a 4K leaf holds, and the host permits writes if the leaf does. */
 static inline bool walk_leaf_permitted(const struct frames *frames, uint64_t spte)
 {
