@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from emulator.kernel_tree.on_machine.explored_program import TreeProgram
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import VIOLATIONS
-from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, apply, copied
-from tests.emulator.kernel_tree.trees import found_trees
+from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, apply
 
 # Tests of which the search ends, for the model and for the tree.
 ENDING = (
@@ -32,17 +30,6 @@ ENDING = (
     "remote-levels", "remote-smm", "return-page-migration", "return-zap", "root-recycled-elsewhere",
     "stale-dead-root", "zap-leafs-yield", "zap-root-order", "zap-yield-restart",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    return found_trees(tmp_path_factory)[0]
-
-
-@pytest.fixture(scope="module")
-def copy(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied(tree, tmp_path_factory.mktemp("copy") / "linux")
 
 
 def explored(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

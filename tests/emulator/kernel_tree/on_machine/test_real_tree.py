@@ -14,8 +14,7 @@ import pytest
 
 from emulator.cli.main import main
 from emulator.kernel_tree.build import MMU
-from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, Bug, apply, copied
-from tests.emulator.kernel_tree.trees import found_trees
+from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, Bug, apply
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(600)]
 
@@ -24,17 +23,6 @@ TESTS = (
     "return-zap", "huge-split", "huge-replaces-table", "log-get-away", "log-split-yields", "recover-yields",
     "remote-smm", "slot-delete", "zap-table-yield", "nested-ept-unmap",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    return found_trees(tmp_path_factory)[0]
-
-
-@pytest.fixture(scope="module")
-def copy(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied(tree, tmp_path_factory.mktemp("copy") / "linux")
 
 
 def run(top: Path, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

@@ -1,0 +1,22 @@
+"""A real kernel's tree, and a copy of it for patches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.emulator.kernel_tree.bugs import copied
+from tests.emulator.kernel_tree.trees import found_trees
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    return found_trees(tmp_path_factory)[0]
+
+
+@pytest.fixture(scope="module")
+def copy(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tree, tmp_path_factory.mktemp("copy") / "linux")
