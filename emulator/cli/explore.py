@@ -332,12 +332,12 @@ class Verdicts:
         self.as_ktap = as_ktap
         self.junit = junit
         self.verdicts: list[Verdict] = []
-        self.kernel: dict[str, str] | None = None  # the tree whose code was explored
+        self.kernel: dict[str, str] | None = None  # the tree that was explored
         self.lost: Unwritable | None = None
         self.started = time.monotonic()
 
     def about(self, tree: OnTree, chosen: Sequence[str]) -> Callable[..., Verdict]:
-        """Tell the tree whose code is explored; return the function that explores a pair."""
+        """Print which tree is explored; return the function that explores a pair."""
         self.kernel = tree.document()
         if self.lines is not None:
             print(heading(tree.object, chosen))

@@ -21,7 +21,7 @@ SHADOW_STATS = (
     "mmu_unsync",
     "mmu_synced",
 )
-# Statistics of VMs whose guests are hypervisors.
+# Statistics of VMs with nested guests.
 NESTED_STATS = (
     "nested_run",
     "nested_transition_flushes",

@@ -186,7 +186,7 @@ def _shadow_paging(seen: Sequence[str]) -> tuple[Row, ...]:
 
 
 def _nested(seen: Sequence[str]) -> tuple[Row, ...]:
-    """Return the rows of hosts whose guests are hypervisors, those of which some policy had any."""
+    """Return the rows about nested guests that are not zero for every policy."""
     if "nested_run/M" not in seen:
         return ()
     return tuple(row for row in _NESTED if row.key in seen)

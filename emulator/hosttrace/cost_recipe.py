@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-# Keys of the table of costs by the function whose shortest call is measured.
+# Keys of the table of costs, by function: the cost is that of its shortest call.
 FUNCTIONS: Final = {
     "invept_global": "kvm_intel:vmx_flush_tlb_all",
     "invept_single": "kvm_intel:vmx_flush_tlb_current",

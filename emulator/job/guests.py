@@ -76,7 +76,7 @@ class Guests:
         self._rng = rng
         self._traces: dict[tuple[str, int], Trace] = {}
         self._handlers: dict[tuple[int, ...], tuple[U64, int]] = {}
-        # Of the VM whose vCPUs run threads of the same processes.
+        # Those of the last vCPU; the next one runs them as well if the VM has threads.
         self._processes: list[Trace] = []
 
     def furnish(self, cpu: Cpu, vcpu: Vcpu, section: VmSection, traces: Iterator[Trace]) -> None:

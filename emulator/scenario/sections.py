@@ -96,7 +96,7 @@ class MachineSection(Section):
 
 
 class NestedSection(Section):
-    """Nested guests (L2) of each vCPU, whose guest OS (L1) is a hypervisor.
+    """Nested guests (L2) of each vCPU: its guest OS (L1) is a hypervisor.
 
     They have the memory, traces and number of processes of the VM's section, as L1 has.  Rates are in exits
     of nested guests to L1 between two of each operation, on average; 0 is never.

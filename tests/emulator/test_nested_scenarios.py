@@ -1,4 +1,4 @@
-"""Scenarios whose guests are hypervisors: their operations, and their errors."""
+"""Scenarios with nested guests: their operations, and their errors."""
 
 from __future__ import annotations
 

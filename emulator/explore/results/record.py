@@ -41,7 +41,7 @@ class Recording:
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
     test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
     steps.  patches: the name and the text of each patch file of the policy.
-    kernel: the version of the tree whose code was explored in the place of the model's; "" for none.
+    kernel: the version of the tree that was explored in the place of the model's code; "" for none.
     verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and its content beside the steps.
     """
 
