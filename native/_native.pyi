@@ -560,6 +560,8 @@ class Lib:
     GUEST_INSN_INVLPG: Final[GuestInsn]
     GUEST_INSN_INVPCID: Final[GuestInsn]
     GUEST_INSN_WRMSR_EFER: Final[GuestInsn]
+    GUEST_INSN_CPUID: Final[GuestInsn]
+    GUEST_INSN_OUT: Final[GuestInsn]
     GUEST_INSN_VMXON: Final[GuestInsn]
     GUEST_INSN_VMXOFF: Final[GuestInsn]
     GUEST_INSN_VMPTRLD: Final[GuestInsn]

@@ -166,8 +166,8 @@ class PCpu(MachineActor):
 
     def _leave_guest(self, task: VcpuTask, state: RunYield) -> bool:
         """Handle a task that halted or returned to user space; return whether it may go on at once."""
-        if isinstance(state, ExitToUser) and state.reason == "mmio":
-            # User space has emulated the access.
+        if isinstance(state, ExitToUser) and state.reason in ("mmio", "io"):
+            # User space has emulated the access or the instruction.
             return True
         if task.finished:
             return False

@@ -133,6 +133,7 @@ class ExitToUser:
     """KVM_RUN returned to user space; the vCPU is not loaded.  Resuming it calls KVM_RUN again.
 
     mmio: `gpa` belongs to no memslot; resuming means that user space has emulated the access.
+    io: the guest executed OUT; resuming means that user space has emulated it.
     fault: KVM_EXIT_MEMORY_FAULT, the host does not permit the access at present; resuming retries.
     no-memory: neither a frame nor a table page is left; resuming retries.
     intr: immediate_exit was set.

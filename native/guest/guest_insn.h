@@ -35,6 +35,8 @@ enum guest_insn {
 	GUEST_INSN_INVLPG,     /* operand: linear address, canonical */
 	GUEST_INSN_INVPCID,    /* operand: linear address, canonical; exit.invpcid_type, exit.invpcid_pcid */
 	GUEST_INSN_WRMSR_EFER, /* exits with EPT and without */
+	GUEST_INSN_CPUID,      /* exits always, and touches no memory */
+	GUEST_INSN_OUT,        /* to a port that user space emulates */
 	/* VMX (guest_nested.h), of programs only.  A VMCS12 is named by the number of its nested guest. */
 	GUEST_INSN_VMXON,
 	GUEST_INSN_VMXOFF,

@@ -58,8 +58,8 @@ smi vcpu
     An SMI; the guest executes RSM at once. Returns 0.
 guest_insn vcpu insn n
     The guest executes cr0_ts, cr0_wp, cr4_osfxsr, cr4_pge, cr4_pse (toggles), mov_cr3 or invlpg at least n
-    times. Returns how often it did. Without EPT exactly n times; mov_cr3 to the current address space, or to
-    `spaces` (0 to 2, at first 0) in turn.
+    times, or cpuid or io_out n times. Returns how often it did. Without EPT exactly n times; mov_cr3 to the
+    current address space, or to `spaces` (0 to 2, at first 0) in turn.
 pt_store vcpu slot level
     The guest stores once to the entry of that level that maps the slot, and then uses the slot no more.
     Returns how often KVM emulated a store.

@@ -41,6 +41,8 @@ TOGGLES: dict[str, tuple[int, int]] = {
 }
 # Without EPT these exit as well.
 TOGGLES_WITHOUT_EPT = {**TOGGLES, "cr4_pge": (lib.GUEST_INSN_MOV_CR4, kvm_host.X86_CR4_PGE)}
+# Instructions that exit, and change nothing of the vCPU's paging.
+OTHERS = {"cpuid": lib.GUEST_INSN_CPUID, "io_out": lib.GUEST_INSN_OUT}
 # Memory of the process that no slot covers.
 UNBACKED = 0x8000
 # Exits of a vCPU that faults over and over.
@@ -291,6 +293,11 @@ class EmulatedBench(EmulatedMachine):
 
     def _guest_insn(self, step: Step) -> int:
         insn = step.word("insn")
+        if insn in OTHERS:
+            vcpu = self._vm(step).tasks[step.number("vcpu")].vcpu
+            for _ in range(step.number("n")):
+                self._execute(vcpu, OTHERS[insn], 0, str(step))
+            return step.number("n")
         if not self.config.ept:
             with self._spinning(step):
                 toggles = TOGGLES_WITHOUT_EPT.get(insn)

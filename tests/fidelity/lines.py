@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-FIXTURES = tuple(Path(__file__).with_name(name) for name in ("ground_truth.toml", "shadow.toml"))
+SHADOW = Path(__file__).with_name("shadow.toml")
+FIXTURES = (Path(__file__).with_name("ground_truth.toml"), SHADOW)
 VCPUS = (1, 2, 4)
 PRESETS = ("linux-6.12", "linux-7.3")
 VCPU_KEYS = ("flush_all", "flush_current", "flush_guest", "tlb_flush", "kvm_mmu_load")
@@ -137,8 +138,8 @@ class Line:
         return line
 
 
-def load() -> list[Line]:
-    return [line for fixture in FIXTURES for line in _load(fixture)]
+def load(fixtures: tuple[Path, ...] = FIXTURES) -> list[Line]:
+    return [line for fixture in fixtures for line in _load(fixture)]
 
 
 def _load(fixture: Path) -> list[Line]:

@@ -104,10 +104,14 @@ def handle_instruction(cpu: Cpu, vcpu: Vcpu, insn: int, operand: int) -> ExitToU
     """handle_cr(), and the emulation of other instructions that exit; return why KVM_RUN ends.
 
     A general-protection fault ends it (kvm_complete_insn_gp): the guest's OS handles none, so that a third
-    fault follows.
+    fault follows.  So does OUT, after which user space calls KVM_RUN again.
     """
     if insn >= lib.GUEST_INSN_VMXON:
         handle_vmx_instruction(cpu, vcpu, insn, operand)
+    elif insn == lib.GUEST_INSN_OUT:
+        return ExitToUser("io")
+    elif insn == lib.GUEST_INSN_CPUID:
+        pass  # the answer depends on no translation
     elif insn == lib.GUEST_INSN_RSM:
         emulator_leave_smm(cpu, vcpu)
     elif insn == lib.GUEST_INSN_INVLPG:
