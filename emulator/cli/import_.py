@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from emulator.cli.options import refuse
-from emulator.errors import BadInput, shown
+from emulator.errors import BadInput, one_of, shown
 from emulator.output import saying
 
 IMPORT_HELP = (
@@ -25,6 +25,7 @@ IMPORT_HELP = (
 IMPORT_EXAMPLES = """\
 \b
   flushlab import --recipe > record.sh
+  flushlab import --recipe bpftrace > record.bt
   flushlab import --recipe costs > costs.sh
   flushlab import kvm.trace
   flushlab import trace.dat --json
@@ -43,7 +44,8 @@ def import_(
         str | None,
         typer.Argument(
             metavar="[TRACE]",
-            help="The trace; - for standard input. With --recipe: trace, the default, or costs.",
+            help="The trace; - for standard input. With --recipe: trace, the default, trace-cmd, perf, "
+            "bpftrace, or costs.",
         ),
     ] = None,
     recipe: Annotated[
@@ -79,12 +81,19 @@ def import_(
 
 
 def _print_recipe(name: str) -> None:
+    from emulator.hosttrace.bpftrace_recipe import bpftrace_recipe
     from emulator.hosttrace.cost_recipe import cost_recipe
-    from emulator.hosttrace.recipe import trace_recipe
+    from emulator.hosttrace.recipe import perf_recipe, trace_cmd_recipe, trace_recipe
 
-    recipes = {"trace": trace_recipe, "costs": cost_recipe}
+    recipes = {
+        "trace": trace_recipe,
+        "trace-cmd": trace_cmd_recipe,
+        "perf": perf_recipe,
+        "bpftrace": bpftrace_recipe,
+        "costs": cost_recipe,
+    }
     if name not in recipes:
-        raise BadInput("--recipe", f"found {shown(name)}", "trace or costs")
+        raise BadInput("--recipe", f"found {shown(name)}", one_of(name, recipes))
     with saying(0):
         sys.stdout.write(recipes[name]())
 

@@ -313,6 +313,7 @@ _READERS: Final[dict[str, Callable[[Observed, Event], None]]] = {
     "kvm_mmu_zap_all_fast": Observed._used,
     "kvm_mmu_split_huge_page": Observed._used,
     "kvm_smm_transition": Observed._smm,
+    "kvm_cr": Observed._used,
     "kvm_tdp_mmu_spte_changed": Observed._spte,
     "ipi_send_cpumask": Observed._ipi,
     "ipi_send_cpu": Observed._ipi,

@@ -1,4 +1,4 @@
-"""Commands that record a trace which answers every question of `missing`."""
+"""Commands that record a trace which answers every question of `missing`: with ftrace, trace-cmd or perf."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ TRACEPOINTS: Final = (
     "kvm:kvm_page_fault",
     "kvm:kvm_unmap_hva_range",
     "kvm:kvm_age_hva",
+    "kvm:kvm_cr",
+    "kvm:kvm_smm_transition",
     "kvmmmu:kvm_tdp_mmu_spte_changed",
     "kvmmmu:kvm_mmu_zap_all_fast",
     "kvmmmu:kvm_mmu_split_huge_page",
@@ -27,40 +29,88 @@ TRACEPOINTS: Final = (
     "csd:csd_queue_cpu",
     "tlb:tlb_flush",
 )
-_SECONDS: Final = 10
+SECONDS: Final = 10
+_OLDER: Final = "Older kernels lack ipi (before 6.4) and csd (before 6.5)."
+
+
+def _probes(place: str) -> str:
+    return "\n".join(
+        f"echo 'p:flushlab/{function} {function} {arguments}' >>{place}/kprobe_events"
+        for function, arguments in PROBES
+    )
+
+
+def _without_probes(place: str) -> str:
+    return "\n".join(f"echo '-:flushlab/{function}' >>{place}/kprobe_events" for function, _ in PROBES)
 
 
 def trace_recipe() -> str:
-    """Return a shell script for a recording of ten seconds."""
-    probes = "\n".join(
-        f"echo 'p:flushlab/{function} {function} {arguments}' >>$T/kprobe_events"
-        for function, arguments in PROBES
-    )
+    """Return a shell script for a recording of ten seconds with ftrace alone."""
     names = " ".join(TRACEPOINTS).replace(":", "/")
-    gone = "\n".join(f"echo '-:flushlab/{function}' >>$T/kprobe_events" for function, _ in PROBES)
     return f"""\
 #!/bin/sh
-# Record KVM's flushes and their causes for {_SECONDS} s, as root; then: flushlab import kvm.trace
+# Record KVM's flushes and their causes for {SECONDS} s, as root; then: flushlab import kvm.trace
 # A busy host writes hundreds of MiB a minute: raise buffer_size_kb if events are lost.
 T=/sys/kernel/tracing
 I=$T/instances/flushlab
 mkdir $I || exit
-{probes}
+{_probes("$T")}
 # Processes tell VMs apart.
 echo 1 >$I/options/record-tgid
 echo mono >$I/trace_clock
 echo 16384 >$I/buffer_size_kb
 for e in {names}
 do
-\t# Older kernels lack ipi (before 6.4) and csd (before 6.5).
+\t# {_OLDER}
 \t[ ! -e $I/events/$e ] || echo 1 >$I/events/$e/enable
 done
 echo 1 >$I/events/flushlab/enable
-sleep {_SECONDS}
+sleep {SECONDS}
 echo 0 >$I/tracing_on
 cat $I/trace >kvm.trace
 cat $I/per_cpu/cpu*/stats | grep -e overrun -e dropped | sort | uniq -c
 echo 0 >$I/events/enable
 rmdir $I
-{gone}
+{_without_probes("$T")}
+"""
+
+
+def trace_cmd_recipe() -> str:
+    """Return a shell script for a recording of ten seconds with trace-cmd."""
+    names = " ".join(TRACEPOINTS)
+    return f"""\
+#!/bin/sh
+# Record KVM's flushes and their causes for {SECONDS} s, as root; then: flushlab import trace.dat
+# Without trace-cmd on the machine that imports: trace-cmd report -i trace.dat >kvm.trace
+# `trace-cmd report` prints no processes: record one VM at a time, or take `--recipe perf` or `trace`.
+T=/sys/kernel/tracing
+{_probes("$T")}
+events="-e flushlab"
+for e in {names}
+do
+\t# {_OLDER}
+\t[ ! -e $T/events/${{e%:*}}/${{e#*:}} ] || events="$events -e $e"
+done
+trace-cmd record -C mono -b 16384 -o trace.dat $events sleep {SECONDS}
+{_without_probes("$T")}
+"""
+
+
+def perf_recipe() -> str:
+    """Return a shell script for a recording of ten seconds with perf."""
+    names = " ".join(TRACEPOINTS)
+    return f"""\
+#!/bin/sh
+# Record KVM's flushes and their causes for {SECONDS} s, as root; then: flushlab import perf.data
+# Without perf on the machine that imports: perf script --ns -F +pid -i perf.data >kvm.trace
+T=/sys/kernel/tracing
+{_probes("$T")}
+events="-e flushlab:*"
+for e in {names}
+do
+\t# {_OLDER}
+\t[ ! -e $T/events/${{e%:*}}/${{e#*:}} ] || events="$events -e $e"
+done
+perf record -a -k CLOCK_MONOTONIC -m 4M -o perf.data $events -- sleep {SECONDS}
+{_without_probes("$T")}
 """

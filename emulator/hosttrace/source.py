@@ -17,7 +17,8 @@ from emulator.errors import BadInput
 _GZIP: Final = b"\x1f\x8b"
 # The first bytes of a recording, the tool that prints it, and its arguments in front of the file's name.
 _TRACE_CMD: Final = (b"\x17\x08\x44tracing", "trace-cmd", ("report", "-i"))
-_PERF: Final = (b"PERFILE2", "perf", ("script", "-i"))
+# perf script tells processes, which tell VMs apart, when it is asked for them.
+_PERF: Final = (b"PERFILE2", "perf", ("script", "--ns", "-F", "+pid", "-i"))
 _EXPECTED: Final = "text of ftrace, trace-cmd report or perf script, perhaps under gzip"
 
 

@@ -11,8 +11,6 @@ import pytest
 
 from emulator.cli.main import main
 from emulator.hosttrace.cost_recipe import FUNCTIONS
-from emulator.hosttrace.missing import QUESTIONS
-from emulator.hosttrace.recipe import PROBES, TRACEPOINTS
 from emulator.scenario.costs import load_costs
 from tests.emulator.hosttrace.made_up import Line, entry, kick, leave, probe, unmap
 
@@ -145,15 +143,3 @@ def test_the_recipe_of_costs_is_a_script_that_prints_a_table_of_costs(
     assert costs.ipi_send.cycles > 10
     assert costs.ipi_receive == own.ipi_receive
     assert all(function in script.read_text() for function in FUNCTIONS.values())
-
-
-def test_the_recipe_is_a_script_that_answers_each_question(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["import", "--recipe"]) == 0
-    script = tmp_path / "record.sh"
-    script.write_text(capsys.readouterr().out)
-    subprocess.run(["sh", "-n", str(script)], check=True)
-    recorded = {name.partition(":")[2] for name in TRACEPOINTS} | {function for function, _ in PROBES}
-    assert all(recorded.intersection(question.events) for question in QUESTIONS)
-    assert all(name in script.read_text() for name in recorded)
