@@ -9,13 +9,11 @@ from typing import Final
 from emulator.kvm.mmu.mmu import kvm_zap_gfn_range
 from native import lib
 from native.types import Gfn
-from tests.emulator.kvm.rig import Rig
 
-from .nested import L2_PAGES, SLOTS, NestedBench, Run, guest_op, vmx
+from .nested import APIC_PAGES, L2_PAGES, OS_PAGES, SLOTS, NestedBench, guest_op, vmx
 
 FIXTURE: Final = Path(__file__).with_name("nested_ept.toml")
-# L2's own page tables, the page behind its linear page HOME, and one that it never uses (as 0 to 63).
-TABLES: Final = range(896, 960)
+# The page behind L2's linear page HOME, and one that it never uses (as 0 to 63).
 HOME_GFN: Final = 0x11
 UNUSED: Final = 300
 # L1 resumes its guest after an exit for a page; in the recording that exit ends the round trip.
@@ -23,16 +21,16 @@ RESUMED: Final = Counter(["guest_mmu:same", "root_mmu:same", "L1:LOAD_MMU_PGD", 
 
 
 class NestedEptBench(NestedBench):
-    """A VM of one vCPU, L1 after VMXON with its EPT in memory, and its nested guest.
+    """A VM of one vCPU or two, each with an L1 after VMXON that has its EPT in memory, and a nested guest.
 
     In the recordings user space writes the EPT, so that L1 has none of its pages mapped before its first
     store.  Here L1 writes it, and its pages are zapped.
     """
 
-    def __init__(self, rig: Rig, run: Run, policy: str) -> None:
-        super().__init__(rig, run, policy)
-        first = SLOTS[1][0]
-        pages = [HOME_GFN, *TABLES, *range(first, first + L2_PAGES)]
+    def _boot_l1(self) -> None:
+        super()._boot_l1()
+        first, tables = SLOTS[1][0], self.l1.nested_os
+        pages = [HOME_GFN, *APIC_PAGES, *range(tables, tables + OS_PAGES), *range(first, first + L2_PAGES)]
         self.execute(*(_map(page, page) for page in pages), _map(first + UNUSED, first + 100))
         self.step("forget")
 
@@ -49,12 +47,13 @@ class NestedEptBench(NestedBench):
         self._touch()
 
     def _forget(self) -> None:
-        """Zap slot 0: L1 has none of its EPT's pages mapped, as before its first store."""
-        kvm_zap_gfn_range(self.rig.host, self.kvm, Gfn(0), Gfn(SLOTS[0][1]))
+        """Zap the pages of L1's OS: L1 has none of its EPT's pages mapped, as before its first store."""
+        first = self.l1.nested_os + OS_PAGES
+        kvm_zap_gfn_range(self.rig.host, self.kvm, Gfn(first), Gfn(first + OS_PAGES))
 
-    def _setup(self, vpid: str, ept: str = "") -> None:
-        super()._setup(vpid)
-        self.execute(vmx("VMWRITE_EPTP", 0 if ept else 1))
+    def _setup(self, vpid: str, *words: str) -> None:
+        super()._setup(vpid, *(word for word in words if word == "apic"))
+        self.execute(vmx("VMWRITE_EPTP", 0 if "no-ept" in words else 1))
 
     def _ept_map(self, page: str, to: str) -> None:
         first = SLOTS[1][0]

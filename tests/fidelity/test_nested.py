@@ -7,7 +7,7 @@ import pytest
 from tests.emulator.kvm.rig import running_rig
 
 from .lines import PRESETS
-from .nested import NestedBench, NestedProbes, Run, differences, load
+from .nested import NestedBench, Run, differences, load
 from .probes import Probes
 
 pytestmark = pytest.mark.slow
@@ -20,5 +20,5 @@ RUNS = load()
 def test_counts_of_a_real_kvm(run: Run, policy: str) -> None:
     with Probes() as probes, running_rig(root_frames=16) as rig:
         bench = NestedBench(rig, run, policy)
-        assert differences(run, bench, NestedProbes(probes, rig)) == []
+        assert differences(run, bench, probes) == []
         assert rig.violations() == {}

@@ -62,7 +62,7 @@ def test_a_vcpu_may_end_in_l2(bench: NestedBench) -> None:
     bench.step("setup const")
     bench.step("start")
     assert lib.vcpu_guest_mode(bench.rig.machine.m, bench.vcpu.id) == 1
-    bench.run.close()
+    bench.l1.run.close()
     bench.rig.destroy(bench.kvm)
     assert len(free) == left + 2
     assert lib.frames_in_use(bench.rig.machine.m, lib.FRAME_ROOT) == 0
@@ -151,7 +151,7 @@ def test_smm_leaves_vmx_operation_and_rsm_goes_back(bench: NestedBench, inside: 
     assert vcpu.loaded_vmcs is vcpu.vmcs01
     assert inner is not None
     assert (inner.role.smm, inner.role.guest_mode) == (1, False)
-    cpu = rig.machine.cpus[bench.pcpu]
+    cpu = rig.machine.cpus[bench.l1.pcpu]
     with online(cpu):
         emulator_leave_smm(cpu, vcpu)
     bench.execute()
