@@ -7,19 +7,20 @@ invalid root that a vCPU still holds.  A vCPU may hold an obsolete root only whi
 obsolete roots is pending.  Each table page in use is linked below a root of the TDP MMU, or is the shadow
 MMU's.  Each VPID is free or a vCPU's.
 
-A leak harms no guest at once; it is the violation `leak`, after all others.
+A leak harms no guest at once; it is the violation `leak`, after all others.  Structures that disagree
+(emulator.audit) are the violation `inconsistent`: no guest may have been harmed yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from emulator.audit import audited
 from emulator.explain.facts import INCONSISTENT, LEAK
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, KVM_REQUEST_MASK
 from emulator.kvm.mmu.spte import is_obsolete_sp
 from emulator.kvm.mmu.structs import KvmMmuPage
 from emulator.kvm.structs import Kvm, Vcpu
-from emulator.litmus.audit import audited
 from emulator.machine.runtime import Machine
 from native import lib
 

@@ -59,7 +59,8 @@ The verdict of a policy is
     safe           no violation, and the danger occurred (`needs`)
     violations     an access used a translation or a right that KVM had promised to be gone; threads wait for
                    ever ("deadlock"); or, at the end, KVM keeps what nothing will free ("leak"): a root, a
-                   table, a reference, a VPID; or its structures disagree ("inconsistent")
+                   table, a reference, a VPID; or its MMU's structures disagree with each
+                   other, or with the host's or the guest's tables ("inconsistent")
     inconclusive   no violation, but no danger that could have led to one either; with `explore`, in none of
                    the interleavings
 `expect` names the policies with another verdict than safe: a list of violation kinds means that at least one

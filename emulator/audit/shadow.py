@@ -1,9 +1,9 @@
-"""The shadow MMU's structures at the end of an execution, compared with each other and the guest's tables.
-
-All threads have ended, and no emulated store is under way, so the structures agree, as they do whenever
-mmu_lock is free.  arch/x86/kvm/mmu/mmu_audit.c looked for much of this before 5.18:
+"""The shadow MMU's structures: its pages, their links, the rmaps, and the accounts of guests' tables.
 
 * each shadow page is in the hash once, and the VM counts its pages, and those that shadow a guest's table
+* no other page in use has the gfn and the role of a page in use
+* the pages in use are the active ones, and none of them is of an old mmu_valid_gen
+* the guest's table behind a page in use is in a memslot; only such a page, of level 1, is unsync
 * a link leads to a page one level below, which knows it as a parent, and no page has another parent
 * a leaf is in the rmap of its gfn once, and nothing else is there
 * a page that was taken out of use has no present entry
@@ -11,17 +11,17 @@ mmu_lock is free.  arch/x86/kvm/mmu/mmu_audit.c looked for much of this before 5
 * a gfn's counts of write tracking and of disallowed huge pages are the numbers of tables shadowed there
 * no leaf lets the guest write to a table that is shadowed and in sync
 * an SPTE of such a page grants no more than the guest's entry does now
-* a page that the guest may write to is marked in the dirty log
-
-A disagreement is the violation `inconsistent`: no guest may have been harmed yet.
+* an MMIO SPTE of the present generation stands for a gfn in no memslot
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
+from emulator.audit.leaf import LeafAudit
 from emulator.kvm.kvm_host import (
+    APIC_ACCESS_PAGE_PRIVATE_MEMSLOT,
     KVM_MAX_HUGEPAGE_LEVEL,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
@@ -30,6 +30,7 @@ from emulator.kvm.kvm_host import (
     kvm_pages_per_hpage,
 )
 from emulator.kvm.mmu.guest_walk import PAGING32, PAGING64, PT_PAGE_SIZE_MASK, PagingFormat, ept_format
+from emulator.kvm.mmu.mmio import MMIO_SPTE_GEN_MASK, get_mmio_spte_generation, get_mmio_spte_gfn
 from emulator.kvm.mmu.shadow_spte import is_mmio_spte
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
 from emulator.kvm.mmu.spte import (
@@ -41,38 +42,26 @@ from emulator.kvm.mmu.spte import (
     spte_to_child_pt,
 )
 from emulator.kvm.mmu.structs import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
-from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps, tdp_enabled
+from emulator.kvm.structs import Kvm, KvmMemorySlot, tdp_enabled
 from emulator.machine.runtime import Machine
 from native import ffi, lib
 from native.types import Gfn, Level, SpteIndex, WordIndex, span
 
-# The most findings of one execution that a report has.
-_MOST = 3
 
+class ShadowAudit:
+    """An audit of one VM.  live: as in audited()."""
 
-def audited(machine: Machine, kvms: Iterable[Kvm]) -> str:
-    """Return a sentence about each of the first disagreements; "" if there is none."""
-    found: list[str] = []
-    for kvm in kvms:
-        if kvm_memslots_have_rmaps(kvm):
-            for text in _ShadowAudit(machine, kvm).findings():
-                found.append(f"VM {kvm.id}: {text}")
-                if len(found) == _MOST:
-                    return "; ".join(found)
-    return "; ".join(found)
-
-
-class _ShadowAudit:
-    """An audit of one VM."""
-
-    def __init__(self, machine: Machine, kvm: Kvm) -> None:
+    def __init__(self, machine: Machine, kvm: Kvm, *, live: bool) -> None:
         self.machine = machine
         self.m = machine.m
         self.kvm = kvm
+        self.live = live
+        self.leafs = LeafAudit(machine, kvm, live=live)
         self.pages = list(kvm.shadow.page_of.values())
 
     def findings(self) -> Iterator[str]:
         yield from self._hash_and_counts()
+        yield from self._in_use()
         mapped: Counter[tuple[int, Level, Gfn, Sptep]] = Counter()
         for sp in self.pages:
             yield from self._page(sp, mapped)
@@ -93,6 +82,22 @@ class _ShadowAudit:
         if shadow.indirect_shadow_pages != indirect:
             counted = shadow.indirect_shadow_pages
             yield f"indirect_shadow_pages is {counted}, and {indirect} pages shadow a table"
+
+    def _in_use(self) -> Iterator[str]:
+        in_use = [sp for sp in self.pages if not sp.role.invalid]
+        if self.kvm.shadow.active_mmu_pages.keys() != set(in_use):
+            yield f"{len(in_use)} shadow pages are in use, and others are on the list of active ones"
+        twice = Counter((sp.gfn, sp.role) for sp in in_use if not is_obsolete_sp(self.kvm, sp))
+        for (gfn, role), n in twice.items():
+            if n > 1:
+                yield f"{n} shadow pages in use are of gfn {gfn:#x} and {role}"
+        for sp in in_use:
+            if sp.mmu_valid_gen != self.kvm.shadow.mmu_valid_gen:
+                yield f"{sp!r} is in use, and of an old mmu_valid_gen"
+            elif sp.has_gptes() and self.kvm.memslots[sp.role.smm].search(sp.gfn) is None:
+                yield f"{sp!r} is in use, and its table is in no memslot"
+            if sp.unsync and (sp.role.direct or sp.role.level > PG_LEVEL_4K):
+                yield f"{sp!r} is unsync, and shadows no table of level 1"
 
     # --- one page ---------------------------------------------------------------------------------------
 
@@ -120,7 +125,9 @@ class _ShadowAudit:
                     yield from self._leaf(sptep, spte, mapped)
                 else:
                     yield from self._link(sptep, spte)
-            elif not is_mmio_spte(spte):
+            elif is_mmio_spte(spte):
+                yield from self._mmio(sptep, spte)
+            else:
                 yield f"entry {index} of {sp!r} is neither present nor MMIO nor empty: {spte:#x}"
             index = lib.spte_next(self.m, sp.hfn, index + 1)
 
@@ -128,20 +135,14 @@ class _ShadowAudit:
         sp, index = sptep
         level, gfn = sp.role.level, self._gfn(sptep)
         slot = self.kvm.memslots[sp.role.smm].search(gfn)
+        yield from self.leafs.findings(f"entry {index} of {sp!r}", spte, level, gfn, slot)
         if slot is None:
-            yield f"entry {index} of {sp!r} maps gfn {gfn:#x}, which is in no memslot"
             return
         mapped[slot.as_id, level, gfn & -kvm_pages_per_hpage(level), sptep] += 1
         rights = ACC_WRITE_MASK | ACC_EXEC_MASK | ACC_USER_MASK
         more = spte & rights & ~sp.get_access(index)
         if more:
             yield f"entry {index} of {sp!r} has rights {more:#x} that its walk of the guest's tables had not"
-        if (
-            is_writable_pte(spte)
-            and slot.dirty_bitmap is not None
-            and not slot.dirty_bitmap[gfn - slot.base_gfn]
-        ):
-            yield f"gfn {gfn:#x} may be written to, and is not marked in the dirty log"
         gpte = self._gpte(sptep)
         if gpte is None:
             return
@@ -178,6 +179,15 @@ class _ShadowAudit:
         if not fmt.is_present_gpte(gpte) or child.gfn != guests:
             yield f"entry {index} of {sp!r} leads to {child!r}, and the guest's entry is {gpte:#x}"
 
+    def _mmio(self, sptep: Sptep, spte: int) -> Iterator[str]:
+        slots, gfn = self.kvm.memslots[sptep.sp.role.smm], Gfn(get_mmio_spte_gfn(spte))
+        if get_mmio_spte_generation(spte) != slots.generation & MMIO_SPTE_GEN_MASK:
+            return  # the next access to the gfn looks for a memslot
+        slot = slots.search(gfn)
+        # A nested guest gets none of L1's APIC-access page.
+        if slot is not None and slot.id != APIC_ACCESS_PAGE_PRIVATE_MEMSLOT:
+            yield f"entry {sptep.idx} of {sptep.sp!r} is MMIO for gfn {gfn:#x}, which is in memslot {slot.id}"
+
     def _spte(self, sptep: Sptep) -> int:
         return int(lib.spte_read(self.m, sptep.sp.hfn, sptep.idx))
 
@@ -189,8 +199,13 @@ class _ShadowAudit:
         return Gfn(lib.kvm_mmu_page_get_gfn(self.m, sp.hfn, index))
 
     def _gpte(self, sptep: Sptep) -> int | None:
-        """Return the guest's entry that an SPTE stands for; None: there is none, or the SPTE may differ."""
+        """Return the guest's entry that an SPTE stands for; None: there is none, or the SPTE may differ.
+
+        Before KVM takes mmu_lock to zap an SPTE for an emulated store, it has stored the entry.
+        """
         sp, index = sptep
+        if self.live:
+            return None
         slot = self.kvm.memslots[sp.role.smm].search(sp.gfn)
         if not sp.has_gptes() or sp.unsync or is_obsolete_sp(self.kvm, sp) or slot is None:
             return None

@@ -1,4 +1,4 @@
-"""The audit of the shadow MMU's structures: each disagreement is found, explored and on real threads."""
+"""The audit at the end of an execution: bugs that only it finds, explored and on real threads."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ EDITS = {
     "a page is writable and not in the log": (
         (MARKED, ""),
         ["k: log-arm", "read 0x101"],
-        "may be written to, and is not marked in the dirty log",
+        "which is not marked in the dirty log",
     ),
 }
 TEXT = """
@@ -199,3 +199,67 @@ def test_disagreements_with_an_ept_of_l1s(edit: tuple[str, str], op: str, text: 
     assert found.counterexample is not None
     assert found.counterexample.violation is not None
     assert text in found.counterexample.violation["text"]
+
+
+UNMAP = "kvm_tdp_mmu_unmap_gfn_range(cpu, kvm, slot, start, end, flush, reason)\n"
+MADE = """    if writable and slot.dirty_track_enabled():
+        mark_page_dirty_in_slot(cpu, slot, gfn)
+"""
+MISSED = (UNMAP, UNMAP.replace("start, end", "start + 1, end"))
+# With EPT: the edit, the operations one after the other, and a part of the report.
+TDP_EDITS = {
+    "a zap misses the first page": (
+        MISSED, ("v0: read 0x10", "k: host-unmap 0x10"), "and the host has no page there",
+    ),
+    "a zap misses a page that moves": (
+        MISSED, ("v0: read 0x10", "k: host-migrate 0x10"), "and the host has frame ",
+    ),
+    "a zap misses a page that is protected": (
+        MISSED, ("v0: write 0x10", "k: host-protect 0x10"), "which the host has read-only",
+    ),
+    "a page is writable and not in the log": (
+        (MADE, ""), ("k: log-arm", "v0: read 0x11"), "which is not marked in the dirty log",
+    ),
+}  # fmt: skip
+TDP_TEXT = """
+doc = "The host changes a page that the guest does not use any more."
+source = "here"
+init = [{init}]
+[[vm]]
+fault_around = {around}
+[threads.v0]
+vcpu = 0
+ops = [{vcpu}]
+[threads.k]
+ops = [{host}]
+[expect]
+needs = "nothing"
+"""
+
+
+@pytest.mark.parametrize("name", TDP_EDITS)
+def test_disagreements_of_the_tdp_mmu(name: str, tmp_path: Path) -> None:
+    edit, init, text = TDP_EDITS[name]
+    file = tmp_path / "tdp.toml"
+    quoted = ", ".join(f'"{op}"' for op in init)
+    file.write_text(TDP_TEXT.format(init=quoted, around=0, vcpu='"read 0x20"', host=""))
+    test = load_test(str(file))
+    assert not explore_verdict(test, named_policy("linux-7.3")).kinds
+    found = explore_verdict(test, named_policy(written(tmp_path, edited(edit))), Plan(minimize=False))
+    assert (found.verdict, found.kinds) == (VIOLATIONS, ("inconsistent",))
+    assert found.counterexample is not None
+    assert found.counterexample.violation is not None
+    assert text in found.counterexample.violation["text"]
+
+
+def test_a_lookup_that_is_overtaken(tmp_path: Path) -> None:
+    """mprotect() changes no frame, and overtakes a fault that maps the page beside its own in vain."""
+    file = tmp_path / "tdp.toml"
+    file.write_text(TDP_TEXT.format(init="", around=2, vcpu='"read 0x10"', host='"host-unprotect 0x11"'))
+    test = load_test(str(file))
+    assert not explore_verdict(test, named_policy("linux-7.3"), Plan(executions=50)).kinds
+    found = explore_verdict(test, named_policy("fault_retry=none"), Plan(minimize=False))
+    assert found.kinds == ("inconsistent",)
+    assert found.counterexample is not None
+    assert found.counterexample.violation is not None
+    assert "by a lookup that an invalidation has overtaken" in found.counterexample.violation["text"]
