@@ -54,6 +54,9 @@ enum vm_stat {
 	STAT_FLUSH_CURRENT,        /* vmx_flush_tlb_current calls */
 	STAT_FLUSH_GUEST,          /* vmx_flush_tlb_guest calls */
 	STAT_FAULTS,               /* page faults fixed */
+	STAT_PF_FAST,              /* page faults that needed no mmu_lock: fixed, or spurious */
+	STAT_PF_SPURIOUS,          /* page faults whose SPTE allowed the access already */
+	STAT_PF_EMULATE,           /* page faults that ended in an emulated access, other than MMIO's */
 	STAT_FAULT_RETRIES,        /* RET_PF_RETRY */
 	STAT_EXITS,
 	STAT_MIGRATIONS,

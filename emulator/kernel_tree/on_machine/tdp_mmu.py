@@ -244,9 +244,10 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     )
     if r == code.FAST_MADE_WRITABLE and slot.dirty_track_enabled():
         mark_page_dirty_in_slot(cpu, slot, fault.gfn)
-    if r in (code.FAST_FIXED, code.FAST_MADE_WRITABLE):
-        return RET_PF_FIXED
-    return RET_PF_SPURIOUS if r == code.FAST_SPURIOUS else RET_PF_INVALID
+    if r not in (code.FAST_FIXED, code.FAST_MADE_WRITABLE, code.FAST_SPURIOUS):
+        return RET_PF_INVALID
+    cpu.stat(kvm.id, lib.STAT_PF_FAST)
+    return RET_PF_SPURIOUS if r == code.FAST_SPURIOUS else RET_PF_FIXED
 
 
 # --- zaps ---------------------------------------------------------------------------------------------------

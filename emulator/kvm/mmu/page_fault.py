@@ -59,6 +59,14 @@ from emulator.machine.runtime import FAULT_AROUND_MAX, Cpu, OutOfFrames
 from native import lib
 from native.types import Custody, HostWritable
 
+# Which statistic counts a page fault, by what became of it.
+_STATS: Final = {
+    RET_PF_FIXED: lib.STAT_FAULTS,
+    RET_PF_SPURIOUS: lib.STAT_PF_SPURIOUS,
+    RET_PF_EMULATE: lib.STAT_PF_EMULATE,
+    RET_PF_WRITE_PROTECTED: lib.STAT_PF_EMULATE,
+    RET_PF_RETRY: lib.STAT_FAULT_RETRIES,
+}
 # How often fast_page_fault() tries to replace an SPTE that keeps changing.
 _FAST_TRIES: Final = 5
 
@@ -81,12 +89,13 @@ def kvm_mmu_page_fault(
     handler = vcpu.mmu.page_fault
     assert handler is not None
     r = handle_mmio_page_fault(cpu, vcpu, addr) if fault.rsvd else RET_PF_INVALID
+    if r == RET_PF_EMULATE:
+        return r
     if r == RET_PF_INVALID:
         r = handler(cpu, vcpu, fault)
-    if r == RET_PF_FIXED:
-        cpu.stat(vcpu.kvm.id, lib.STAT_FAULTS)
-    elif r == RET_PF_RETRY:
-        cpu.stat(vcpu.kvm.id, lib.STAT_FAULT_RETRIES)
+    stat = _STATS.get(r)
+    if stat is not None:
+        cpu.stat(vcpu.kvm.id, stat)
     return r
 
 
@@ -156,21 +165,28 @@ def fast_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     if not page_fault_can_be_fast(vcpu.kvm, fault) or fault.slot is None:
         return RET_PF_INVALID
     with walk_shadow_page_lockless(cpu, vcpu):
-        for _ in range(_FAST_TRIES):
-            entry = fast_pf_get_last_sptep(cpu, vcpu, fault)
-            if (
-                entry is None
-                or not is_shadow_present_pte(entry.spte)
-                or not is_last_spte(entry.spte, entry.level)
-            ):
-                return RET_PF_INVALID
-            if not spte_permission_fault(fault, entry.spte):
-                return RET_PF_SPURIOUS
-            new_spte = _fast_spte(fault, fault.slot, entry)
-            if new_spte is None:
-                return RET_PF_INVALID
-            if fast_pf_fix_direct_spte(cpu, vcpu, fault, fault.slot, entry, new_spte):
-                return RET_PF_FIXED
+        ret = _fast_fixed(cpu, vcpu, fault, fault.slot)
+    if ret != RET_PF_INVALID:
+        cpu.stat(vcpu.kvm.id, lib.STAT_PF_FAST)
+    return ret
+
+
+def _fast_fixed(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, slot: KvmMemorySlot) -> int:
+    for _ in range(_FAST_TRIES):
+        entry = fast_pf_get_last_sptep(cpu, vcpu, fault)
+        if (
+            entry is None
+            or not is_shadow_present_pte(entry.spte)
+            or not is_last_spte(entry.spte, entry.level)
+        ):
+            return RET_PF_INVALID
+        if not spte_permission_fault(fault, entry.spte):
+            return RET_PF_SPURIOUS
+        new_spte = _fast_spte(fault, slot, entry)
+        if new_spte is None:
+            return RET_PF_INVALID
+        if fast_pf_fix_direct_spte(cpu, vcpu, fault, slot, entry, new_spte):
+            return RET_PF_FIXED
     return RET_PF_INVALID
 
 

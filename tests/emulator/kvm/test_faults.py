@@ -8,7 +8,12 @@ import pytest
 
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_REQ_MMU_FREE_OBSOLETE_ROOTS
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS, KvmPageFault
-from emulator.kvm.mmu.page_fault import fast_page_fault, is_page_fault_stale, kvm_tdp_page_fault
+from emulator.kvm.mmu.page_fault import (
+    fast_page_fault,
+    is_page_fault_stale,
+    kvm_mmu_page_fault,
+    kvm_tdp_page_fault,
+)
 from emulator.kvm.mmu.spte import PfnAndRights, is_writable_pte, root_to_sp
 from emulator.kvm.mmu.structs import KvmMmuPage, KvmMmuPageRole, KvmMmuRootInfo
 from emulator.kvm.mmu.tdp_map import kvm_tdp_mmu_map, tdp_entry
@@ -26,6 +31,7 @@ from tests.emulator.kvm.rig import GFNS, SLOT, Guest, Rig
 
 GFN = 5
 TRIES = 5
+PF_STATS = ("faults", "pf_fast", "pf_spurious", "pf_emulate")
 
 
 def written(rig: Rig, policy: Policy | None = None) -> Guest:
@@ -82,6 +88,7 @@ def test_the_fast_path_reads_an_spte_again_that_changed(rig: Rig, lost: int) -> 
     result = fast_with_changes(rig, guest, lost, lambda: toggle_accessed(rig, guest.vcpu))
     assert result == (RET_PF_FIXED, lost + 1)
     assert is_writable_pte(spte_of(rig, guest.vcpu))
+    assert rig.stats(guest.vcpu.kvm)["pf_fast"] == 1
     slot = gfn_to_memslot(guest.vcpu.kvm, Gfn(GFN), 0)
     assert slot is not None
     assert slot.dirty_bitmap is not None
@@ -112,6 +119,7 @@ def test_the_slow_path_follows_the_last_try(rig: Rig) -> None:
     rig.host.hook = None
     assert locked_after[0] == TRIES
     assert is_writable_pte(spte_of(rig, vcpu))
+    assert rig.stats(vcpu.kvm)["pf_fast"] == 0
     assert rig.violations() == {}
 
 
@@ -128,6 +136,22 @@ def test_another_vcpus_fault_makes_this_one_spurious(rig: Rig) -> None:
         rig.machine.install(hook)
 
     assert fast_with_changes(rig, guest, 1, fixes) == (RET_PF_SPURIOUS, 1)
+
+
+def test_each_page_fault_is_counted_by_what_became_of_it(rig: Rig) -> None:
+    guest = written(rig)
+    vcpu = guest.vcpu
+    kvm = vcpu.kvm
+
+    def write() -> int:
+        return kvm_mmu_page_fault(rig.host, vcpu, GFN << 12, lib.ACCESS_WRITE, present=True)
+
+    with rig.counting(kvm) as changed:
+        assert write() == RET_PF_FIXED
+    assert [changed.get(name, 0) for name in PF_STATS] == [1, 1, 0, 0]
+    with rig.counting(kvm) as changed:
+        assert write() == RET_PF_SPURIOUS
+    assert [changed.get(name, 0) for name in PF_STATS] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("invalidated", [False, True])

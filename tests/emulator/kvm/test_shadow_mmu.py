@@ -96,8 +96,10 @@ def test_a_store_to_an_upper_table_is_emulated(guest: ShadowedGuest) -> None:
     guest.map(LINEAR, 7)
     guest.map(OTHER, 102)
     guest.fault(LINEAR)
-    assert guest.fault(OTHER, write=True) == RET_PF_WRITE_PROTECTED
-    assert guest.fault(OTHER, write=True, present=True) == RET_PF_WRITE_PROTECTED
+    with guest.rig.counting(guest.kvm) as changed:
+        assert guest.fault(OTHER, write=True) == RET_PF_WRITE_PROTECTED
+        assert guest.fault(OTHER, write=True, present=True) == RET_PF_WRITE_PROTECTED
+    assert changed["pf_emulate"] == 2
     assert not is_writable_pte(guest.spte(OTHER))
     assert not is_mmu_writable_spte(guest.spte(OTHER))
     # The emulator has written 0 to the entry that leads to the last table.
