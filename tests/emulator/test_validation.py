@@ -47,14 +47,14 @@ BYTES = {
 def test_what_is_no_file_of_its_kind_is_one_line(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_bytes(BYTES[name])
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BadInput) as caught:
         LOADERS[kind](str(path))
     line = str(caught.value)
     assert line.startswith(f"{path}: ")
     assert line.isprintable()
     assert len(line) < 1000
-    assert time.monotonic() - began < 20  # a second on an idle machine
+    assert time.process_time() - began < 20  # a second on an idle machine
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -94,8 +94,12 @@ def test_bad_addresses(text: str) -> None:
         parse_address(text)
 
 
+# How long a scrape may take on a busy machine; far less than a client that is never cut off.
+PATIENCE = 60
+
+
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
         return str(answer.read().decode())
 
 
@@ -211,16 +215,17 @@ def test_only_metrics_are_served(method: str, path: str, status: int, bare_machi
     ],
     ids=["nothing", "zero", "request line", "half a header", "a letter"],
 )
-def test_slow_clients_take_neither_threads_nor_time(said: bytes, bare_machine: BareMachine) -> None:
+def test_slow_clients_take_neither_threads_nor_time(
+    said: bytes, bare_machine: BareMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A scrape that waited for a slow client would run into the limit of fetch().
+    monkeypatch.setattr(metrics.server, "SECONDS", 10 * PATIENCE)
     before = threading.active_count()
     with serving(bare_machine) as (url, address), ExitStack() as stack:
         for _ in range(400):
-            slow = stack.enter_context(socket.create_connection(address, timeout=10))
+            slow = stack.enter_context(socket.create_connection(address, timeout=PATIENCE))
             slow.sendall(said)
-        began = time.monotonic()
         assert "flushlab_run_info" in fetch(url)
-        # An idle machine takes a few milliseconds.
-        assert time.monotonic() - began < 5
         assert threading.active_count() - before <= CONNECTIONS + 1
         # Each of them alone fills all places, and goes on sending.
         slow.sendall(b"a")

@@ -217,22 +217,20 @@ def test_dies_inside_srcu(crew: Crew) -> None:
     def read(actor: Doer) -> None:
         assert lib.srcu_read_lock(actor.cpu.m, actor.cpu.id, VM0) >= 0
         inside.set()
-        go.wait(5)
+        go.wait(60)
         die(actor)
 
     reader.tell(read)
-    inside.wait(5)
+    inside.wait(60)
     waiting = updater.ask(
         lambda actor: actor.cpu.check(lib.synchronize_srcu(actor.cpu.m, actor.cpu.id, VM0)), block=False
     )
     cpu = CpuId(machine.pcpus + 1)
     wait_until(lambda: lib.cpu_power(machine.m, cpu) == lib.CPU_HALTED, "the updater waits")
     go.set()
-    began = time.monotonic()
     with pytest.raises((MachineStopped, pykka.ActorDeadError)):
-        waiting.get(timeout=5)
+        waiting.get(timeout=60)
     assert crew.join() == []
-    assert time.monotonic() - began < 1
     assert [death.who for death in crew.deaths] == ["doer0"]
 
 
