@@ -91,7 +91,7 @@ def compare(
         expected = "a scenario; with a workload: --policy, --costs and --json only"
         every = {parameter.name or "" for parameter in context.command.params}
         refuse(context, every - {"scenario", "policies", "costs", "as_json"}, "with a workload", expected)
-        replay(Path(scenario), _with_baseline(policies or []), options.costs, as_json)
+        replay(Path(scenario), _with_baseline(policies or []), 0.0, options.costs, as_json)
         return
     chosen = load_policies(policies or [])
     check_html(html)

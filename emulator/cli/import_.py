@@ -65,11 +65,20 @@ def import_(
         Path | None,
         typer.Option(metavar="FILE", help="Write the events in their order as well, for `flushlab replay`."),
     ] = None,
+    memslots: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--memslot",
+            metavar="[VM:]GFN,PAGES,HVA",
+            help="A memslot, which tells the guest pages of notifier ranges to --workload. May be repeated. "
+            "Default: inferred from the SPTEs that are zapped after ranges.",
+        ),
+    ] = None,
 ) -> None:
     if recipe:
         refuse(
             context,
-            ("as_json", "scenario", "workload"),
+            ("as_json", "scenario", "workload", "memslots"),
             "--recipe, which reads no trace",
             "one of them",
         )
@@ -77,7 +86,9 @@ def import_(
         return
     if file is None:
         raise BadInput("TRACE", "found none", "a trace, - for standard input, or --recipe")
-    _import(file, as_json, scenario, workload)
+    if memslots and workload is None:
+        raise BadInput("--memslot", "found no --workload", "--workload FILE, which alone needs memslots")
+    _import(file, as_json, scenario, workload, memslots or [])
 
 
 def _print_recipe(name: str) -> None:
@@ -98,13 +109,16 @@ def _print_recipe(name: str) -> None:
         sys.stdout.write(recipes[name]())
 
 
-def _import(file: str, as_json: bool, scenario: Path | None, workload: Path | None) -> None:
+def _import(
+    file: str, as_json: bool, scenario: Path | None, workload: Path | None, memslots: list[str]
+) -> None:
+    from emulator.hosttrace.builder import Builder
     from emulator.hosttrace.lines import Reading, events
+    from emulator.hosttrace.memslots import RULE, parsed_memslot
     from emulator.hosttrace.observed import Observed
-    from emulator.hosttrace.report import as_dict, print_report
+    from emulator.hosttrace.report import as_dict, print_report, wrapped
     from emulator.hosttrace.shape import scenario as shape
     from emulator.hosttrace.source import opened
-    from emulator.hosttrace.workload import Builder
     from emulator.hosttrace.workload_file import text_of
     from emulator.output import check_file, write_file
 
@@ -113,7 +127,9 @@ def _import(file: str, as_json: bool, scenario: Path | None, workload: Path | No
     if workload is not None:
         check_file("--workload", workload)
     reading, observed = Reading(), Observed()
-    builder = None if workload is None else Builder()
+    given = tuple(parsed_memslot(text) for text in memslots)
+    builder = None if workload is None else Builder(given)
+    built = None
     with opened(file) as lines:
         for event in events(_counted(lines), reading):
             observed.add(event)
@@ -126,12 +142,18 @@ def _import(file: str, as_json: bool, scenario: Path | None, workload: Path | No
     if scenario is not None:
         write_file("--scenario", scenario, shape(name, observed))
     if workload is not None and builder is not None:
-        write_file("--workload", workload, text_of(builder.workload(name, observed)))
+        built = builder.workload(name, observed)
+        write_file("--workload", workload, text_of(built))
     with saying(0):
         if as_json:
             print(json.dumps(as_dict(name, reading, observed), indent=1))
         else:
             print_report(name, reading, observed)
+            slots = [] if built is None else built.memslots
+            for slot in slots:
+                print(f"Memslot of {slot}.")
+            if any(slot.ranges for slot in slots):
+                print(*wrapped(RULE), sep="\n")
 
 
 def _counted(lines: Iterable[str]) -> Iterator[str]:

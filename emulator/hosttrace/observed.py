@@ -43,7 +43,7 @@ _SEVERAL_NS: Final = 1_000_000_000
 _QUEUES: Final = "generic_exec_single"
 _RANGE_START: Final = "kvm_mmu_notifier_invalidate_range_start"
 _RANGE_END: Final = "kvm_mmu_notifier_invalidate_range_end"
-_KICK: Final = "kvm_make_all_cpus_request"
+KICK: Final = "kvm_make_all_cpus_request"
 _FLUSHES: Final = frozenset(("kvm_flush_remote_tlbs", "kvm_flush_remote_tlbs_range"))
 # Events that are a cause of what the same task does next, and their names in the report.
 _CAUSES: Final = {
@@ -234,7 +234,7 @@ class Observed:
 
     def _call(self, event: Event, function: str, rest: str = "") -> None:
         self.functions[function, event.name] += 1
-        if function == _KICK:
+        if function == KICK:
             self._request(event, request_of(rest))
         if self._probes.setdefault(function, event.name) != event.name:
             return  # another probe stands at this function, too, and came first in the trace
@@ -267,7 +267,7 @@ class Observed:
         sender.in_guest += len(guests)
         if event.tgid >= 0:
             sender.others += sum(vcpu.tgid not in (-1, event.tgid) for vcpu in guests)
-        if site == _KICK:
+        if site == KICK:
             cause = self._cause_of(event)
             cause.broadcasts += 1
             cause.targets += len(targets)

@@ -31,7 +31,7 @@ _INT_MAX: Final = (1 << 31) - 1
 def print_report(name: str, reading: Reading, observed: Observed) -> None:
     """Print what was read, the vCPUs, the causes of flushes, the interrupts, and the open questions."""
     console = output_console(_WIDTH, highlight=False)
-    for line in _wrapped(_heading(name, reading, observed)):
+    for line in wrapped(_heading(name, reading, observed)):
         console.print(Text(line, style="bold"))
     for line in _read(reading, observed):
         console.print(Text(line))
@@ -82,7 +82,7 @@ def _cause_dict(cause: Cause) -> dict[str, Any]:
 # --- sentences ------------------------------------------------------------------------------------------
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
+def wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(
         text,
         _WIDTH,
@@ -105,15 +105,15 @@ def _heading(name: str, reading: Reading, observed: Observed) -> str:
 
 def _read(reading: Reading, observed: Observed) -> Iterator[str]:
     if observed.first >= 0 and observed.seconds is None:
-        yield from _wrapped(
+        yield from wrapped(
             "Its clock goes back by more than a second: several recordings in one file. No rates are given,"
             " and causes may be mixed up where the recordings meet."
         )
     if reading.lost or reading.lost_unknown:
         number = f"{reading.lost:,}" if reading.lost else "an unknown number of"
-        yield from _wrapped(f"The recording lost {number} events: counts are too low.")
+        yield from wrapped(f"The recording lost {number} events: counts are too low.")
     if reading.other:
-        yield from _wrapped(
+        yield from wrapped(
             f"{reading.other:,} lines are no event of a known form, the first: "
             f"{reading.first_other[0].strip()!r}"
         )
@@ -121,7 +121,7 @@ def _read(reading: Reading, observed: Observed) -> Iterator[str]:
         kinds = ", ".join(f"{name} {n:,}" for name, n in observed.unread.most_common(_ROWS))
         rest = len(observed.unread) - _ROWS
         more = f" and {rest} more kinds" if rest > 0 else ""
-        yield from _wrapped(f"Not used: {kinds}{more}.")
+        yield from wrapped(f"Not used: {kinds}{more}.")
 
 
 def _notes(observed: Observed) -> Iterator[str]:
@@ -143,7 +143,7 @@ def _notes(observed: Observed) -> Iterator[str]:
     lines += _samples(observed)
     for line in lines:
         yield ""
-        yield from _wrapped(line)
+        yield from wrapped(line)
 
 
 def _samples(observed: Observed) -> list[str]:
@@ -168,9 +168,9 @@ def _open(observed: Observed) -> Iterator[str]:
     if not questions:
         return
     yield ""
-    yield from _wrapped("Not in this trace, because it did not happen or was not recorded:")
+    yield from wrapped("Not in this trace, because it did not happen or was not recorded:")
     for question in questions:
-        yield from _wrapped(f"{question.answer}: {question.unknown}. Record {question.record}.", "  ")
+        yield from wrapped(f"{question.answer}: {question.unknown}. Record {question.record}.", "  ")
 
 
 # --- tables ---------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The file of a workload: text with a head, and then a line for each event.
 
-    flushlab-workload 1
+    flushlab-workload 2
     source kvm.trace
     pcpus 3
     vm 0 vcpus 2 pages 1024
     mapped 0 0x0 0x100
     new 0.1
+    memslot 0 0x100000 0x80000 0x7f589c000000 3
     recorded remote_tlb_flush_requests 16
     left-out 12 zapped SPTEs outside of a notifier's range
     0 enter 0.0 1
@@ -13,10 +14,13 @@
     620 unmap 0 0x100 0x200
 
 An event's line has the microseconds since the recording began, a verb, the VM or VM.VCPU, and arguments:
-`enter` CPU; `read` and `write` PAGE; `huge` PAGE, which the host backs by a huge page from now on; `unmap`
-START END; `cr4` BITS, which the guest changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first
-time, and reads it later; `zap-all`.
+`enter` CPU; `stay` CPU, for a vCPU that stays in guest mode from now on, and `leave`, which ends that; `read`
+and `write` PAGE; `huge` PAGE, which the host backs by a huge page from now on; `unmap` START END; `cr4` BITS,
+which the guest changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it
+later; `zap-all`.
 `mapped` has pages that were mapped when the recording began, and `new` a vCPU that had not run by then.
+`memslot` VM GFN PAGES HVA RANGES tells the rule by which addresses became pages, for readers: the pages are
+numbered as on the host, and RANGES is the number of ranges that it was inferred from, 0 if it was given.
 Lines that begin with # are comments.
 """
 
@@ -27,12 +31,15 @@ from pathlib import Path
 from typing import Final
 
 from emulator.errors import BadInput, shown
+from emulator.hosttrace.memslots import Memslot
 from emulator.hosttrace.workload import BLOCK, RECORDED, VERBS, Step, Workload
 from emulator.kvm.kvm_host import KVM_MMU_CR4_ROLE_BITS
 from emulator.validation import read_text
 
 MAGIC: Final = "flushlab-workload"
-VERSION: Final = 1
+VERSION: Final = 2
+# Version 1 lacks `stay`, `leave` and `memslot`.
+_READ: Final = ([MAGIC, "1"], [MAGIC, str(VERSION)])
 _MOST: Final = 1 << 30
 # The most pCPUs that an emulated machine can have.
 MOST_PCPUS: Final = 1024
@@ -56,6 +63,8 @@ def _lines(workload: Workload) -> Iterator[str]:
             yield f"mapped {vm} {start:#x} {end:#x}"
     for vm, vcpu in workload.new:
         yield f"new {vm}.{vcpu}"
+    for slot in workload.memslots:
+        yield f"memslot {slot.vm} {slot.gfn:#x} {slot.pages:#x} {slot.hva:#x} {slot.ranges}"
     for name, count in workload.recorded.items():
         yield f"recorded {name} {count}"
     for reason, count in workload.left_out.items():
@@ -64,7 +73,7 @@ def _lines(workload: Workload) -> Iterator[str]:
         number, of_vcpu = VERBS[step.verb]
         who = f"{step.vm}.{step.vcpu}" if of_vcpu else str(step.vm)
         values = (step.start, step.end)[:number]
-        shown_values = [str(value) if step.verb == "enter" else f"{value:#x}" for value in values]
+        shown_values = [str(value) if step.verb in ("enter", "stay") else f"{value:#x}" for value in values]
         yield " ".join([str(step.microseconds), step.verb, who, *shown_values])
 
 
@@ -84,7 +93,7 @@ def _ranges(pages: list[int]) -> Iterator[tuple[int, int]]:
 def read_workload(path: Path) -> Workload:
     """Read a workload; raise BadInput, which names the line, if it is none."""
     lines = read_text(path, "a workload of `flushlab import --workload`", _MOST).splitlines()
-    if not lines or lines[0].split() != [MAGIC, str(VERSION)]:
+    if not lines or lines[0].split() not in _READ:
         found = shown(lines[0]) if lines else "an empty file"
         raise BadInput(f"{path}:1", f"found {found}", f"{MAGIC} {VERSION}")
     workload = Workload("-", 0, [], [], [], [])
@@ -141,13 +150,16 @@ def _head(words: list[str], workload: Workload) -> None:
             workload.mapped[vm].extend(range(first, _number(end, first + 1, workload.pages[vm], "END")))
         case ["new", vcpu]:
             workload.new.append(_vcpu(vcpu, workload))
+        case ["memslot", number, gfn, pages, hva, ranges]:
+            values = [_number(text, 0, (1 << 64) - 1, "memslot") for text in (gfn, pages, hva, ranges)]
+            workload.memslots.append(Memslot(_vm(number, workload), *values))
         case ["recorded", name, count] if name in RECORDED:
             workload.recorded[name] = _number(count, 0, 1 << 62, "the count")
         case ["left-out", count, *reason]:
             workload.left_out[" ".join(reason)] = _number(count, 0, 1 << 62, "the count")
         case _:
             raise _Unexpected(
-                "source, pcpus, vm, mapped, new, recorded, left-out, or an event's microseconds"
+                "source, pcpus, vm, mapped, new, memslot, recorded, left-out, or an event's microseconds"
             )
 
 
@@ -173,9 +185,11 @@ def _step(words: list[str], workload: Workload) -> Step:
     vm, vcpu = _vcpu(words[2], workload) if of_vcpu else (_vm(words[2], workload), -1)
     step = Step(_number(words[0], 0, 1 << 62, "microseconds"), verb, vm, vcpu)
     if number:
-        most, name = {"enter": (workload.pcpus, "CPU"), "cr4": (KVM_MMU_CR4_ROLE_BITS + 1, "BITS")}.get(
-            verb, (workload.pages[vm], "PAGE")
-        )
+        most, name = {
+            "enter": (workload.pcpus, "CPU"),
+            "stay": (workload.pcpus, "CPU"),
+            "cr4": (KVM_MMU_CR4_ROLE_BITS + 1, "BITS"),
+        }.get(verb, (workload.pages[vm], "PAGE"))
         step.start = _number(words[3], 0, most - 1, name)
     if verb == "cr4" and step.start & ~KVM_MMU_CR4_ROLE_BITS:
         raise _Unexpected(f"BITS of {KVM_MMU_CR4_ROLE_BITS:#x}, which are part of a role")

@@ -1,16 +1,18 @@
-"""Replay a workload on an emulated machine: one event after the other, as fast as possible.
+"""Replay a workload on an emulated machine: one event after the other, as fast as possible or in time.
 
-One thread runs all events, so the same workload and policy always give the same counts.  A vCPU is in guest
-mode only while it executes an event of its own, so no event sends an IPI to a guest.  `flushlab import`
-reports the IPIs that a trace shows.
+One thread brings about all events, so the same workload and policy always give the same counts.  vCPUs that
+were in guest mode when the host changed their VM's memory stay in guest mode on their pCPUs meanwhile
+(residents.py), and are interrupted where they were in the recording.  Other vCPUs are in guest mode only
+while they execute an event of their own.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from emulator.actors.task import VcpuTask
 from emulator.errors import BadInput
@@ -22,6 +24,7 @@ from emulator.kvm.regs import kvm_set_cr4
 from emulator.kvm.reset import power_on
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
 from emulator.kvm.structs import Kvm, KvmParams
+from emulator.kvm.structs import Vcpu as KvmVcpu
 from emulator.kvm.virt.kvm_main import (
     kvm_create_vm,
     kvm_destroy_vm,
@@ -29,11 +32,13 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_create_vcpu,
     kvm_vm_ioctl_get_dirty_log,
 )
+from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
+from emulator.replay.residents import Residents
 from emulator.report.result import Snapshot, read_snapshot
 from native import ffi, lib
-from native.types import Gfn, Hva
+from native.types import FlushReason, Gfn, Hva
 
 _SLOT: Final = 0
 # After one of these events, tables may wait for a grace period.
@@ -41,7 +46,11 @@ _FREEING: Final = frozenset({"unmap", "zap-all", "log"})
 # Turns without an instruction after which a guest is taken to be stuck.
 _TURNS: Final = 200
 _SPARE_FRAMES: Final = 64
+# With a tick at each exit, an interrupted vCPU is scheduled out until the recording has it enter again.
+_PARAMS: Final = KvmParams(fault_around=1, slice_accesses=1 << 30, exits_per_tick=1)
 _ENDS: Final = 5.0
+# The longest sleep before a look at the signals.
+_NAP: Final = 0.1
 
 
 class Vcpu:
@@ -53,11 +62,19 @@ class Vcpu:
 
 
 class Replay:
-    """One replay of a workload under a policy.  Call `run` once, while the context is entered."""
+    """One replay of a workload under a policy.  Call `run` once, while the context is entered.
 
-    def __init__(self, workload: Workload, policy: Policy) -> None:
+    `speed` is that of the recorded time, 0: as fast as it goes.  Afterwards, `lag` is the most seconds that
+    an event came too late, and `flush_current_calls` the number of calls of flush_tlb_current().
+    """
+
+    def __init__(self, workload: Workload, policy: Policy, speed: float = 0.0) -> None:
         self.workload = workload
         self.policy = policy
+        self.speed = speed
+        self.lag = 0.0
+        self.flush_current_calls = 0
+        self._residents = Residents()
         frames = sum(workload.pages) + _SPARE_FRAMES
         blocks = len({(step.vm, step.start) for step in workload.steps if step.verb == "huge"})
         vcpus = sum(workload.vms)
@@ -103,6 +120,7 @@ class Replay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
+            self._residents.vacate_all()
             for vcpus in self.vcpus:
                 for vcpu in vcpus:
                     self._leave(vcpu, self.machine.cpus[vcpu.pcpu])
@@ -110,6 +128,7 @@ class Replay:
             for kvm in self.kvms:
                 kvm_destroy_vm(self.main, kvm)
         self.machine.stop()
+        self._residents.end()
         self._rcu.join(_ENDS)
         if not self._rcu.is_alive():
             self.machine.destroy()
@@ -121,15 +140,31 @@ class Replay:
         """
         for vm in range(len(self.workload.vms)):
             self._boot(vm)
-        before = self._snapshot()
+        before, self.flush_current_calls = self._snapshot(), 0
+        began = time.monotonic()
         for number, step in enumerate(self.workload.steps):
             if number % 1024 == 0 and done(number):
+                return None
+            if self.speed and not self._wait(began + step.microseconds / 1e6 / self.speed, done, number):
                 return None
             if step.verb in _FREEING:
                 self._reclaim()
             _DO[step.verb](self, step)
+            if step.verb not in _ALONE:
+                self._residents.settle()
         self._reclaim()
         return self._snapshot().since(before)
+
+    def _wait(self, due: float, done: Callable[[int], bool], number: int) -> bool:
+        """Wait until an event is due; return False if `done` asks to stop."""
+        late = time.monotonic() - due
+        self.lag = max(self.lag, late)
+        while late < 0:
+            time.sleep(min(-late, _NAP))
+            if -late > _NAP and done(number):
+                return False
+            late = time.monotonic() - due
+        return True
 
     def _reclaim(self) -> None:
         """Wait until RCU has freed all that it was given, so that no later event depends on its thread."""
@@ -143,8 +178,9 @@ class Replay:
     def _boot(self, vm: int) -> None:
         """Make the VM as it was when the recording began: its vCPUs have run, its pages are mapped."""
         pages = self.workload.pages[vm]
-        kvm = kvm_create_vm(self.main, pages, self.policy, KvmParams(fault_around=1, slice_accesses=1 << 30))
+        kvm = kvm_create_vm(self.main, pages, self.policy, _PARAMS)
         kvm.mm = UserMemory(kvm)
+        kvm.x86_ops = cast("KvmX86Ops", _Counting(self, kvm.x86_ops))
         self.kvms.append(kvm)
         steps = [step for step in self.workload.steps if step.vm == vm]
         for as_id in range(2 if any(step.verb == "smi" for step in steps) else 1):
@@ -170,6 +206,7 @@ class Replay:
 
     def _execute(self, vcpu: Vcpu, kind: str = "SIGNAL", page: int = 0) -> None:
         """Let the guest execute one instruction: an access, or one that touches no memory."""
+        self._residents.leave(vcpu.task)
         cpu = self.machine.cpus[vcpu.pcpu]
         operation = self._program[0]
         operation.kind = getattr(lib, f"GUEST_OP_{kind}")
@@ -191,6 +228,8 @@ class Replay:
         self._leave(vcpu, cpu)
 
     def _enter(self, vcpu: Vcpu, cpu: Cpu) -> None:
+        self._residents.leave(vcpu.task)
+        self._residents.vacate(cpu)
         cpu.check(lib.cpu_take(cpu.m, cpu.id))
         vcpu.task.switch_in(cpu)
 
@@ -205,8 +244,22 @@ class Replay:
 
     def enter(self, step: Step) -> None:
         vcpu = self._at(step)
+        if self._residents.on(self.machine.cpus[step.start]) is vcpu.task:
+            return  # the recording's vCPU was interrupted, this one is not, under this policy
+        self._residents.leave(vcpu.task)
         vcpu.pcpu = step.start
         self._execute(vcpu)
+
+    def stay(self, step: Step) -> None:
+        vcpu = self._at(step)
+        cpu = self.machine.cpus[step.start]
+        if self._residents.on(cpu) is not vcpu.task:
+            self._residents.leave(vcpu.task)
+            vcpu.pcpu = step.start
+            self._residents.stay(cpu, vcpu.task)
+
+    def leave(self, step: Step) -> None:
+        self._residents.leave(self._at(step).task)
 
     def read(self, step: Step) -> None:
         self._execute(self._at(step), "READ", step.start)
@@ -260,8 +313,27 @@ class Replay:
             kvm_mmu_zap_all_fast(self.main, kvm)
 
 
+class _Counting:
+    """A VM's struct kvm_x86_ops, which counts calls of flush_tlb_current(), with or without a root."""
+
+    def __init__(self, replay: Replay, ops: KvmX86Ops) -> None:
+        self._replay = replay
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def flush_tlb_current(self, cpu: Cpu, vcpu: KvmVcpu, reason: FlushReason) -> None:
+        self._replay.flush_current_calls += 1
+        self._ops.flush_tlb_current(cpu, vcpu, reason)
+
+
+# Events that change nothing for vCPUs other than their own.
+_ALONE: Final = frozenset({"enter", "stay", "leave"})
 _DO: Final[dict[str, Callable[[Replay, Step], None]]] = {
     "enter": Replay.enter,
+    "stay": Replay.stay,
+    "leave": Replay.leave,
     "read": Replay.read,
     "write": Replay.write,
     "cr4": Replay.cr4,

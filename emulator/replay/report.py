@@ -10,7 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from emulator.hosttrace.memslots import RULE
 from emulator.hosttrace.workload import RECORDED, Workload
+from emulator.replay.machine import Replay
 from emulator.report.console import letter
 from emulator.report.result import Snapshot
 from emulator.report.summary import short
@@ -20,10 +22,12 @@ VERSION: Final = 1
 _NARROW: Final = 20
 _TOTAL: Final = ""
 _BUT_MOVES: Final = "flush_all_but_moves"
+# Rows that a recording without them does not have.
+_IF_RECORDED: Final = frozenset({_BUT_MOVES, "vmcs_clear_ipis"})
+_COUNTED_HERE: Final = frozenset({_BUT_MOVES, "flush_current", "kick_ipis", "vmcs_clear_ipis"})
 RULES: Final = (
     "A replay has the recording's page faults and no other access: it counts flushes, and judges no use.",
-    "No guest runs while the host works, so a flush sends no IPI; `flushlab import` shows those recorded.",
-    "flush_current counts flushes of a root; a probe at the function counts calls without one, too.",
+    "A kick interrupts the vCPUs that were in guest mode, if the recording shows exits; else none.",
 )
 
 
@@ -34,11 +38,20 @@ class Replayed:
     policy: str
     snapshot: Snapshot
     cycles: tuple[CycleLine, ...]
+    flush_current_calls: int
+    lag: float
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return KVM's statistics that a recording may show, summed over the VMs."""
-        counts = {name: self.snapshot.kvm(name) for name in RECORDED if name != _BUT_MOVES}
+        """Return KVM's statistics and the interrupts that a recording may show, summed over the VMs.
+
+        flush_current is the number of the function's calls, with and without a root, as a probe counts it.
+        """
+        counters = self.snapshot.counters
+        counts = {name: self.snapshot.kvm(name) for name in RECORDED if name not in _COUNTED_HERE}
+        counts["flush_current"] = self.flush_current_calls
+        counts["vmcs_clear_ipis"] = counters["ipis_vmclear"]
+        counts["kick_ipis"] = counters["ipis_sent"] - counters["ipis_vmclear"]
         moves = sum(
             flush.count
             for flush in self.snapshot.flushes
@@ -65,22 +78,24 @@ class Replayed:
         return sum(line.cycles for line in self.cycles if line.group == "flush")
 
 
-def replayed(policy: str, snapshot: Snapshot, costs: Costs) -> Replayed:
+def replayed(policy: str, replay: Replay, snapshot: Snapshot, costs: Costs) -> Replayed:
     cycles = modelled_cycles(costs, snapshot.counters, snapshot.vms, snapshot.flushes)
-    return Replayed(policy, snapshot, cycles)
+    return Replayed(policy, snapshot, cycles, replay.flush_current_calls, replay.lag)
 
 
-def document(workload: Workload, found: Sequence[Replayed]) -> dict[str, Any]:
+def document(workload: Workload, found: Sequence[Replayed], speed: float) -> dict[str, Any]:
     """Return the document of --json."""
     return {
         "flushlab_replay": VERSION,
         "source": workload.source,
         "seconds": workload.seconds,
+        "speed": speed,
         "events": len(workload.steps),
         "vms": workload.vms,
         "pcpus": workload.pcpus,
         "recorded": workload.recorded,
         "left_out": workload.left_out,
+        "memslots": [slot._asdict() for slot in workload.memslots],
         "policies": [
             {
                 "name": one.policy,
@@ -88,6 +103,7 @@ def document(workload: Workload, found: Sequence[Replayed]) -> dict[str, Any]:
                 "flushes": one.flushes,
                 "faults": one.snapshot.kvm("faults"),
                 "migrations": one.snapshot.kvm("migrations"),
+                "lag_seconds": one.lag,
                 "flushes_elided": one.snapshot.kvm("flushes_elided"),
                 "flush_cycles": one.flush_cycles,
                 "flush_cycles_by_item": one.cycles_by_item,
@@ -95,6 +111,12 @@ def document(workload: Workload, found: Sequence[Replayed]) -> dict[str, Any]:
             for one in found
         ],
     }
+
+
+def memslot_notes(workload: Workload) -> list[str]:
+    """Return a line for each memslot, and the rule by which some were inferred."""
+    rule = [RULE] if any(slot.ranges for slot in workload.memslots) else []
+    return [*(f"Memslot of {slot}." for slot in workload.memslots), *rule]
 
 
 def _beside_first(found: Sequence[Replayed], item: str) -> list[str]:
@@ -105,7 +127,7 @@ def _beside_first(found: Sequence[Replayed], item: str) -> list[str]:
     return [shown[0], *(text + change for text, change in zip(shown[1:], changes[1:], strict=True))]
 
 
-def table(workload: Workload, found: Sequence[Replayed], width: int) -> RenderableType:
+def table(workload: Workload, found: Sequence[Replayed], width: int, speed: float) -> RenderableType:
     """Return the counts as a table, and the rules to read it by."""
     vcpus = sum(workload.vms)
     head = Text(
@@ -122,13 +144,15 @@ def table(workload: Workload, found: Sequence[Replayed], width: int) -> Renderab
         rows.add_column(letter(i) if narrow else name, justify="right")
     for name in RECORDED:
         recorded = workload.recorded.get(name)
-        if name == _BUT_MOVES and recorded is None:
+        if name in _IF_RECORDED and recorded is None:
             continue
         rows.add_row(
             name,
             "not shown" if recorded is None else f"{recorded:,}",
             *(f"{one.counts[name]:,}" for one in found),
         )
+    if speed:
+        rows.add_row("latest event, ms", "", *(f"{one.lag * 1e3:.1f}" for one in found))
     for name in sorted({name for one in found for name in one.flushes}):
         rows.add_row(f"  {name}", "", *(f"{one.flushes.get(name, 0):,}" for one in found))
     elided = [one.snapshot.kvm("flushes_elided") for one in found]
@@ -138,4 +162,5 @@ def table(workload: Workload, found: Sequence[Replayed], width: int) -> Renderab
     for item in dict.fromkeys(item for one in found for item in one.cycles_by_item):
         rows.add_row(f"  {item.replace('_', ' ')}", "", *(_beside_first(found, item)))
     notes = [f"Not replayed: {count:,} {reason}." for reason, count in workload.left_out.items()]
+    notes += memslot_notes(workload)
     return Group(head, *legend, Text(), rows, Text(), *(Text(note, style="dim") for note in (*notes, *RULES)))

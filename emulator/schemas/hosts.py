@@ -88,17 +88,34 @@ class ReplayedPolicy(Part):
     flushes_elided: int
     flush_cycles: float
     flush_cycles_by_item: dict[str, float]
+    lag_seconds: float
+
+
+class MemslotPart(Part):
+    """Guest pages and their host address; `ranges`: those that it was inferred from, 0 if it was given."""
+
+    vm: int
+    gfn: int
+    pages: int
+    hva: int
+    ranges: int
 
 
 class ReplayDocument(Part):
-    """The document of `flushlab replay --json`.  `recorded` has the counts that the trace shows."""
+    """The document of `flushlab replay --json`.  `recorded` has the counts that the trace shows.
+
+    `speed` is that of the recorded time, 0: as fast as it went; `lag_seconds` is the most that an event was
+    late.
+    """
 
     flushlab_replay: Literal[1]
     source: str
     seconds: float
+    speed: float
     events: int
     vms: list[int]
     pcpus: int
+    memslots: list[MemslotPart]
     recorded: dict[str, int]
     left_out: dict[str, int]
     policies: list[ReplayedPolicy]

@@ -28,6 +28,7 @@
 enum {
 	SPINS_IN_GUEST = 256,
 	WAIT_NANOSECONDS = 20000,
+	ENDLESS_NANOSECONDS = 1000000000,
 };
 
 /* The entry that an operation changes.  Without EPT KVM may have emulated the store when the operation is repeated. */
@@ -236,7 +237,9 @@ static void wait_a_little(struct walk *w, const struct guest_op *op)
 			return;
 		cpu_relax();
 	}
-	cpu_guest_halt(w->m, w->cpu->id, monotonic_ns() + WAIT_NANOSECONDS);
+	/* A signal wakes nobody, but an interrupt does, and that is all that an endless wait waits for. */
+	cpu_guest_halt(w->m, w->cpu->id,
+		       monotonic_ns() + (op->value == UINT64_MAX ? ENDLESS_NANOSECONDS : WAIT_NANOSECONDS));
 }
 
 static enum walk_result one(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)

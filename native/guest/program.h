@@ -23,7 +23,7 @@ enum guest_op_kind {
 	GUEST_OP_HLT,        /* exit EXIT_HLT */
 	GUEST_OP_EXIT,       /* exit EXIT_PROGRAM with `value` in exit.linear */
 	GUEST_OP_SIGNAL,     /* add 1 to the machine's signal `value` */
-	GUEST_OP_WAIT,       /* in guest mode until signal `linear` is at least `value` */
+	GUEST_OP_WAIT,       /* in guest mode until signal `linear` is at least `value`; UINT64_MAX: for ever */
 	GUEST_OP_VMX,        /* exit EXIT_INSTRUCTION; flags: enum guest_insn | type << 8; value, linear: operands */
 	GUEST_OP_EPT12_MAP,  /* linear (a page of L2) -> value (L1's gfn) in L1's EPT flags >> 8; flags: GUEST_OP_READ_ONLY */
 	GUEST_OP_EPT12_UNMAP, /* flags: GUEST_OP_HUGE: the entry of level 2, and with it the table of 2 MiB */

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from emulator.hosttrace.workload import Builder, Workload
+from emulator.hosttrace.builder import Builder
+from emulator.hosttrace.workload import Workload
 from tests.emulator.hosttrace.made_up import Line, entry, observe, probe, read, spte, unmap
 
 # SPTE_MMU_PRESENT_MASK with read, write and execute permission, without and with its write permission.
