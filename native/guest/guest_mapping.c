@@ -172,14 +172,14 @@ static uint64_t block_for(struct walk *w, const struct guest_process *p, uint64_
 	return guest_block_alloc(w->guest);
 }
 
-static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn)
+static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn, bool writable)
 {
 	uint64_t region = page >> 9, i = 0;
 
 	while (p->pages[i] >> 9 != region)
 		i++;
 	for (; i < p->page_count && p->pages[i] >> 9 == region; i++)
-		guest_page_map(&p->page[i], (struct guest_mapping){ (uint32_t)(gfn + (p->pages[i] & 511)), true, true });
+		guest_page_map(&p->page[i], (struct guest_mapping){ (uint32_t)(gfn + (p->pages[i] & 511)), writable, true });
 }
 
 /* Get a page of memory.  A device fills a file's page, so the OS does not touch it through its own map of memory. */
@@ -234,7 +234,7 @@ static enum walk_result choose_or_keep(struct walk *w, struct guest_process *p, 
 void os_map_pages(struct guest_process *p, uint64_t page, struct guest_page *gp, struct guest_mapping fresh)
 {
 	if (fresh.huge)
-		map_block(p, page, first_gfn(fresh, page));
+		map_block(p, page, first_gfn(fresh, page), fresh.writable);
 	else
 		guest_page_map(gp, fresh);
 }

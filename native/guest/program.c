@@ -12,6 +12,7 @@
 #include "guest/access.h"
 #include "guest/guest_apic.h"
 #include "guest/guest_ept12.h"
+#include "guest/guest_mapping.h"
 #include "guest/guest_nested.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
@@ -151,6 +152,7 @@ static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 	uint64_t page = op->linear >> 12 & GUEST_PAGE_MASK;
 	uint32_t level = op->flags & GUEST_OP_HUGE ? 2 : 1;
 	struct guest_page *gp = guest_page_find(g, g->current, page);
+	struct guest_mapping to = { .gfn = (uint32_t)op->value, .writable = !(op->flags & GUEST_OP_READ_ONLY) };
 	struct found f;
 	enum walk_result r = find_entry(w, page, level, true, &f);
 
@@ -159,9 +161,12 @@ static enum walk_result do_map(struct walk *w, const struct guest_op *op)
 	if (r != WALK_DONE || !gp)
 		return r;
 	changes_note(g, page, gp, true, f.entry & GPTE_GLOBAL);
-	guest_page_map(gp, (struct guest_mapping){ .gfn = (uint32_t)op->value,
-						   .writable = !(op->flags & GUEST_OP_READ_ONLY),
-						   .huge = guest_mapping_of(gp).huge });
+	/* A huge page is recorded for each page of it that the guest knows. */
+	to.huge = level == 2 || guest_mapping_of(gp).huge;
+	if (level == 2)
+		os_map_pages(&g->process[g->current], page, gp, to);
+	else
+		guest_page_map(gp, to);
 	return r;
 }
 

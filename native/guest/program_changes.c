@@ -26,7 +26,8 @@ void changes_note(struct guest *g, uint64_t page, const struct guest_page *gp, b
 	if (!guest_page_mapped(gp))
 		return;
 	g->change[g->changes++] = (struct guest_change){
-		.page = page, .process = g->current, .gfn = guest_mapping_of(gp).gfn, .all = all, .global = global
+		.page = page, .process = g->current, .gfn = guest_mapping_of(gp).gfn, .all = all, .global = global,
+		.huge = guest_mapping_of(gp).huge && !(page & 511)
 	};
 }
 
