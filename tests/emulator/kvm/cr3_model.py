@@ -2,7 +2,8 @@
 
 Two references.  The guest's: a translation may be used if its tables say so now, or have said so since the
 last invalidation that covers it (SDM vol. 3A, 4.10.4).  KVM's: each instruction makes these loads and
-flushes, and goes back to these roots (regs.c, mmu.c).  Processes are numbers; some share a PCID.
+flushes, and goes back to these roots (regs.c, mmu.c).  Processes are numbers; some share a PCID.  KVM's SPTEs
+have no global flag, so that its half is the same for global pages.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PREVIOUS = 3
 class Mapping(NamedTuple):
     gfn: int
     writable: bool
+    is_global: bool = False
 
     def permits(self, write: bool) -> bool:
         return self.writable or not write
@@ -56,10 +58,10 @@ class Cr3Model:
         now = self.now[process, page]
         return self.before.get((process, page), set()) | ({now} if now else set())
 
-    def _invalidated(self, covers: Callable[[int, int], bool]) -> None:
-        for process, page in list(self.before):
-            if covers(process, page):
-                del self.before[process, page]
+    def _invalidated(self, covers: Callable[[int, int, bool], bool]) -> None:
+        """Forget the former mappings that `covers` names: by process, page, and whether they are global."""
+        for (process, page), before in self.before.items():
+            self.before[process, page] = {one for one in before if not covers(process, page, one.is_global)}
 
     # -- instructions
 
@@ -68,23 +70,33 @@ class Cr3Model:
             self._new_pgd(process)
         self.current = process
         if not noflush:
-            self._invalidated(lambda q, page: pcid_of(q) == pcid_of(process))
+            self._invalidated(lambda q, page, is_global: not is_global and pcid_of(q) == pcid_of(process))
             self._invalidate_pcid(pcid_of(process))
 
     def invlpg(self, page: int) -> None:
-        self._invalidated(lambda q, at: pcid_of(q) == pcid_of(self.current) and at == page)
+        pcid = pcid_of(self.current)
+        self._invalidated(lambda q, at, is_global: at == page and (is_global or pcid_of(q) == pcid))
 
     def invpcid(self, kind: int, process: int, page: int) -> None:
         pcid = pcid_of(process)
         self._invalidated(
-            lambda q, at: kind >= 2 or (pcid_of(q) == pcid and (kind == 1 or at == page)),
+            lambda q, at, is_global: kind == 2
+            or (not is_global and (kind == 3 or (pcid_of(q) == pcid and (kind == 1 or at == page))))
         )
         if kind == 1:
             self._invalidate_pcid(pcid)
         elif kind >= 2:
-            self.stats["flush_guest"] += 1
-            self.unsync.discard(self.current)
-            self.previous = [None if root in self.unsync else root for root in self.previous]
+            self._flush_guest()
+
+    def toggle_pge(self) -> None:
+        """MOV to CR4: all PCIDs, with global pages."""
+        self._invalidated(lambda q, at, is_global: True)
+        self._flush_guest()
+
+    def _flush_guest(self) -> None:
+        self.stats["flush_guest"] += 1
+        self.unsync.discard(self.current)
+        self.previous = [None if root in self.unsync else root for root in self.previous]
 
     # -- KVM's roots
 

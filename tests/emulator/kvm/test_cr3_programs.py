@@ -1,4 +1,4 @@
-"""MOV to CR3, INVLPG and INVPCID without EPT, against cr3_model.py, on programs that hypothesis writes.
+"""MOV to CR3, INVLPG, INVPCID and CR4.PGE without EPT, against cr3_model.py, on programs by hypothesis.
 
 The guest edits the tables of processes that are loaded and of others, by stores that KVM lets pass, and
 invalidates or does not.  After each instruction the SPTEs that it can use must be among those that its own
@@ -16,12 +16,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from emulator.kvm.kvm_host import KVM_REQ_LOAD_MMU_PGD, KVM_REQ_TLB_FLUSH, X86_CR3_PCID_NOFLUSH, X86_CR4_PCIDE
+from emulator.kvm.kvm_host import (
+    KVM_REQ_LOAD_MMU_PGD,
+    KVM_REQ_TLB_FLUSH,
+    X86_CR3_PCID_NOFLUSH,
+    X86_CR4_PCIDE,
+    X86_CR4_PGE,
+)
 from emulator.kvm.mmu.fault import RET_PF_FIXED, RET_PF_INJECTED, RET_PF_SPURIOUS
 from emulator.kvm.mmu.roots import kvm_mmu_load_pgd
 from emulator.kvm.mmu.shadow_spte import kvm_mmu_page_get_gfn
 from emulator.kvm.mmu.spte import is_last_spte, is_shadow_present_pte, is_writable_pte
-from emulator.kvm.regs import kvm_handle_invpcid, kvm_mmu_invlpg, kvm_set_cr3
+from emulator.kvm.regs import kvm_handle_invpcid, kvm_mmu_invlpg, kvm_set_cr3, kvm_set_cr4
 from emulator.kvm.tlb import kvm_service_local_tlb_flush_requests
 from emulator.kvm.virt.requests import kvm_check_request
 from emulator.policy import Policy, preset
@@ -30,6 +36,7 @@ from tests.emulator.kvm.rig import running_rig
 from tests.emulator.kvm.shadow_rig import PAGE, ShadowedGuest, W, shadowed_guest
 
 LINEAR = 0x7F00_0000_0000
+GLOBAL = 1 << 8
 COUNTED = ("mmu_load", "cached_roots", "flush_current", "flush_guest")
 GFNS = (10, 11, 12)
 
@@ -107,13 +114,21 @@ class Programs:
         self.model.invpcid(kind, process, page)
         self.enter()
 
+    def toggle_pge(self) -> None:
+        assert kvm_set_cr4(self.guest.cpu, self.guest.vcpu, self.guest.vcpu.arch.cr4 ^ X86_CR4_PGE)
+        self.model.toggle_pge()
+        self.enter()
+
     def store(self, process: int, page: int, to: Mapping | None) -> None:
         """Store to a process's last table: where its SPTE is not writable, the guest faults first."""
         self.enter()
         if not is_writable_pte(self.guest.spte(alias_of(process))):
             self._fault(alias_of(process), True)
         assert is_writable_pte(self.guest.spte(alias_of(process)))
-        value = to.gfn << 12 | (PAGE if to.writable else PAGE & ~W) if to else 0
+        value = 0
+        if to is not None:
+            rights = PAGE if to.writable else PAGE & ~W
+            value = to.gfn << 12 | rights | (GLOBAL if to.is_global else 0)
         self.guest.write(self.table[process], self.guest.index(page_at(page), 1), value)
         self.model.store(process, page, to)
 
@@ -172,7 +187,7 @@ def programs_under(policy: Policy | None = None) -> Iterator[Programs]:
 
 process = st.integers(0, PROCESSES - 1)
 page = st.integers(0, PAGES - 1)
-mapping = st.none() | st.builds(Mapping, st.sampled_from(GFNS), st.booleans())
+mapping = st.none() | st.builds(Mapping, st.sampled_from(GFNS), st.booleans(), st.booleans())
 
 
 class Cr3Machine(RuleBasedStateMachine):
@@ -194,6 +209,10 @@ class Cr3Machine(RuleBasedStateMachine):
     @rule(kind=st.integers(0, 3), process=process, page=page)
     def invpcid(self, kind: int, process: int, page: int) -> None:
         self.programs.invpcid(kind, process, page)
+
+    @rule()
+    def toggle_pge(self) -> None:
+        self.programs.toggle_pge()
 
     @rule(process=process, page=page, to=mapping)
     def store(self, process: int, page: int, to: Mapping | None) -> None:
@@ -224,7 +243,7 @@ def random_program(programs: Programs, seed: int, steps: int) -> None:
     last = 0, 0
     for _ in range(steps):
         process, page = last if r.random() < 0.5 else (r.randrange(PROCESSES), r.randrange(PAGES))
-        step = r.randrange(7)
+        step = r.randrange(8)
         if step == 0:
             programs.mov_cr3(process, r.random() < 0.7)
         elif step == 1:
@@ -232,18 +251,20 @@ def random_program(programs: Programs, seed: int, steps: int) -> None:
         elif step == 2:
             programs.invpcid(r.choice((0, 0, 0, 0, 1, 2, 3)), process, page)
         elif step < 5:
-            to = r.choice((None, Mapping(r.choice(GFNS), r.random() < 0.5)))
+            to = r.choice((None, Mapping(r.choice(GFNS), r.random() < 0.5, r.random() < 0.2)))
             last = process if step == 3 else programs.model.current, page
             programs.store(*last, to)
-        else:
+        elif step < 7 or r.random() < 0.8:
             programs.access(page, step == 5 or r.random() < 0.5)
+        else:
+            programs.toggle_pge()
         programs.check()
 
 
 @pytest.mark.slow
 def test_old_translations_are_met_while_they_are_legal() -> None:
     with programs_under() as programs:
-        random_program(programs, 1, 600)
+        random_program(programs, 1, 900)
         assert programs.legal > 20
         assert all(programs.model.stats[name] > 10 for name in COUNTED)
 
@@ -256,6 +277,9 @@ def test_old_translations_are_met_while_they_are_legal() -> None:
         "shadow-invlpg-without-sync",
         "shadow-load-without-sync",
         "shadow-guest-flush-without-sync",
+        "shadow-guest-flush-keeps-previous",
+        "shadow-invlpg-current-only",
+        "shadow-pge-flushes-current",
         "shadow-invpcid-current-only",
         "shadow-invpcid-retains-roots",
         "shadow-pcid-keeps-previous-roots",
