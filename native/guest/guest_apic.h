@@ -12,5 +12,7 @@
 /* Do the access of one record.  is_apic: the guest means its APIC; WALK_EXIT with EXIT_APIC_ACCESS then leaves the
  * access to KVM. */
 enum walk_result apic_access(struct walk *w, uint64_t record, bool is_apic);
+/* The guest accesses its APIC through this translation of the page; returns WALK_EXIT with EXIT_APIC_ACCESS. */
+enum walk_result apic_accessed(struct walk *w, uint64_t page, uint32_t type, const struct tlb_entry *e);
 
 #endif

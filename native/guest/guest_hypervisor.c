@@ -4,20 +4,28 @@
 #include "core/heap.h"
 #include "core/machine_types.h"
 #include "guest/guest.h"
+#include "guest/guest_apic.h"
 #include "guest/guest_ept12.h"
 #include "guest/guest_insn.h"
+#include "guest/guest_mapping.h"
 #include "guest/guest_nested.h"
 #include "guest/guest_os.h"
+#include "guest/guest_pages.h"
+#include "guest/guest_shadow.h"
 #include "guest/program.h"
+#include "guest/program_changes.h"
 #include "vm/ept12.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 
 enum {
 	OPERATIONS = 32,         /* at most, from an exit to the next entry */
 	PAGES_AT_ONCE = 8,       /* at most, that L1 takes away before one INVEPT */
 	PROTECT_ONE_IN = 4,      /* of them: only write access */
+	APIC_AS_MEMORY_ONE_IN = 4, /* exits after which L1 writes to the page that is its guests' APIC-access page */
+	APIC_EXIT_ONE_IN = 4,    /* exits of a nested guest for an access to its APIC, where it can reach one */
 	LOOK_FOR_MAPPED = 32,
 	INVVPID_TYPES = 4,
 	INVVPID_ADDRESS = 0,
@@ -34,16 +42,22 @@ struct hypervisor {
 	uint32_t ops, next;
 	uint32_t running;               /* the nested guest that L1 enters next */
 	uint32_t vpids;                 /* that L1 has given to nested guests, modulo VPIDS_EACH */
+	bool flush_asked;               /* the running one has left the invalidation of a page to L1 */
+	uint64_t flush_page;
 };
 
 int guest_hypervise(struct machine *m, uint32_t vcpu, const struct hypervisor_config *config)
 {
-	struct guest_vmx *l1 = &m->vcpus[vcpu].guests[0]->vmx;
+	struct guest **guests = m->vcpus[vcpu].guests;
+	struct guest_vmx *l1 = &guests[0]->vmx;
 
 	l1->hypervisor = heap_zalloc(m->heap, 1, sizeof(*l1->hypervisor));
 	if (!l1->hypervisor)
 		return MACHINE_NOMEM;
 	l1->hypervisor->config = *config;
+	for (uint32_t n = 1; n <= config->guests; n++)
+		if (changes_reserve(m, guests[n], 1))
+			return MACHINE_NOMEM;
 	return 0;
 }
 
@@ -105,12 +119,14 @@ static void switch_guest(struct guest *l1, struct hypervisor *h)
 	add_vmx(h, GUEST_INSN_VMPTRLD, 0, h->running);
 }
 
+/* INVVPID of any type; of the page that the nested guest has asked for, or of any. */
 static void invvpid(struct guest *l1, struct hypervisor *h, const struct guest *l2)
 {
 	const struct guest_process *p = &l2->process[l2->current];
 	uint32_t type = (uint32_t)(guest_random(l1) % INVVPID_TYPES);
-	uint64_t page = type == INVVPID_ADDRESS ? p->pages[guest_random(l1) % p->page_count] : 0;
+	uint64_t page = h->flush_asked ? h->flush_page : p->pages[guest_random(l1) % p->page_count];
 
+	h->flush_asked = false;
 	add(h, (struct guest_op){ .kind = GUEST_OP_VMX, .flags = GUEST_INSN_INVVPID | type << 8, .value = l2->vmx.vpid12,
 				  .linear = page << 12 });
 }
@@ -153,6 +169,8 @@ static void plan(struct walk *w, struct hypervisor *h)
 	} else {
 		const struct guest *l2 = w->vcpu->guests[h->running];
 
+		if (h->flush_asked)
+			invvpid(l1, h, l2);
 		if (c->ept && one_in(l1, c->unmap_every))
 			take_pages(l1, h, l2);
 		if (c->ept && one_in(l1, c->eptp_every))
@@ -161,6 +179,8 @@ static void plan(struct walk *w, struct hypervisor *h)
 			give_vpid(h);
 		if (c->vpid && one_in(l1, c->invvpid_every))
 			invvpid(l1, h, l2);
+		if (c->apic_gfn && one_in(l1, APIC_AS_MEMORY_ONE_IN))
+			add(h, (struct guest_op){ .kind = GUEST_OP_WRITE, .value = c->apic_gfn });
 		if (c->guests > 1 && one_in(l1, c->switch_every))
 			switch_guest(l1, h);
 		if (one_in(l1, c->vmxoff_every)) {
@@ -174,10 +194,21 @@ static void plan(struct walk *w, struct hypervisor *h)
 
 /* --- execution ---------------------------------------------------------------------------------------------- */
 
+/* Access a page by its guest-physical address, through the map of all memory that an OS has for itself. */
+static enum walk_result access_page(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *e)
+{
+	w->linear = os_linear(w->guest, gfn) << 12;
+	return walk_physical(w, gfn, type, e);
+}
+
 static enum walk_result access_memory(struct walk *w, const struct guest_op *op)
 {
+	struct tlb_entry e;
+
 	if (!op)
 		return ept12_violation(w);
+	if (op->kind == GUEST_OP_WRITE)
+		return access_page(w, op->value, ACCESS_WRITE, &e);
 	return op->kind == GUEST_OP_VMX ? vmx_prepare(w, op) : ept12_op(w, op);
 }
 
@@ -233,7 +264,66 @@ static uint32_t l1_step(struct walk *w, struct hypervisor *h)
 	return EXIT_INSTRUCTION;
 }
 
-static uint32_t nested_step(struct walk *w)
+/* The nested guest accesses its APIC, which exits to L1. */
+static enum walk_result access_apic(struct walk *w, uint64_t gfn)
+{
+	struct tlb_entry e;
+	enum walk_result r = access_page(w, gfn, ACCESS_WRITE, &e);
+
+	return r == WALK_DONE ? apic_accessed(w, gfn, ACCESS_WRITE, &e) : r;
+}
+
+/* Unmap a page, and leave its invalidation to L1, as a guest does that asks its hypervisor to flush. */
+static enum walk_result ask_for_flush(struct walk *w, struct hypervisor *h)
+{
+	struct guest *g = w->guest;
+	struct guest_process *p = &g->process[g->current];
+	uint64_t hand = p->hand, at = os_find_mapped(p, false);
+	struct guest_page *gp = &p->page[at];
+	enum walk_result r;
+
+	if (at == p->page_count || guest_mapping_of(gp).huge)
+		return WALK_DONE;
+	r = os_clear_entry(w, p, p->pages[at], false);
+	if (r == WALK_EXIT) {
+		p->hand = hand; /* the same page after the exit */
+		return r;
+	}
+	changes_note(g, p->pages[at], gp, true, false);
+	guest_gfn_put(g, guest_mapping_of(gp).gfn);
+	guest_page_unmap(gp);
+	h->flush_asked = true;
+	h->flush_page = p->pages[at];
+	return WALK_DONE;
+}
+
+/* Exit to L1. */
+static uint32_t exit_to_l1(struct walk *w, struct hypervisor *h)
+{
+	struct guest *l1 = w->vcpu->guests[0], *g = w->guest;
+	const struct hypervisor_config *c = &h->config;
+	enum walk_result r;
+
+	if (w->vmcs->ept && !h->flush_asked && !g->changes && g->vmx.vpid12 && one_in(l1, c->invvpid_every)) {
+		r = ask_for_flush(w, h);
+		if (r == WALK_EXIT)
+			return exit_of(w, r);
+	}
+	/* An L1 with an EPT maps no APIC-access page in it. */
+	if (!h->flush_asked && w->vmcs->apic_page && !c->ept && one_in(l1, APIC_EXIT_ONE_IN)) {
+		r = access_apic(w, c->apic_gfn);
+		if (w->exit->reason != EXIT_APIC_ACCESS || r != WALK_EXIT)
+			return exit_of(w, r);
+		schedule(w, l1, GUEST_TRANSITION);
+		vmexit_executed(w);
+		return EXIT_APIC_ACCESS;
+	}
+	schedule(w, l1, GUEST_TRANSITION);
+	vmx_execute(w, &(struct guest_op){ .kind = GUEST_OP_VMX, .flags = GUEST_INSN_VMCALL });
+	return EXIT_INSTRUCTION;
+}
+
+static uint32_t nested_step(struct walk *w, struct hypervisor *h)
 {
 	struct guest *g = w->guest;
 
@@ -243,9 +333,7 @@ static uint32_t nested_step(struct walk *w)
 	}
 	if (g->clock < g->due[GUEST_TRANSITION])
 		return EXIT_REASONS;
-	schedule(w, w->vcpu->guests[0], GUEST_TRANSITION);
-	vmx_execute(w, &(struct guest_op){ .kind = GUEST_OP_VMX, .flags = GUEST_INSN_VMCALL });
-	return EXIT_INSTRUCTION;
+	return exit_to_l1(w, h);
 }
 
 uint32_t hypervisor_step(struct walk *w)
@@ -254,5 +342,5 @@ uint32_t hypervisor_step(struct walk *w)
 
 	if (!h)
 		return EXIT_REASONS;
-	return w->guest == w->vcpu->guests[0] ? l1_step(w, h) : nested_step(w);
+	return w->guest == w->vcpu->guests[0] ? l1_step(w, h) : nested_step(w, h);
 }

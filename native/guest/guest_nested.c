@@ -83,6 +83,12 @@ static void transition_executed(struct walk *w)
 	invalidates(w, UINT64_MAX);
 }
 
+void vmexit_executed(struct walk *w)
+{
+	if (!w->guest->vmx.vpid12)
+		transition_executed(w);
+}
+
 /* VMLAUNCH or VMRESUME.  A VM entry that fails while it loads the guest's state invalidates as a VM exit does (SDM vol. 3C,
  * 27.8); one that fails for a control invalidates nothing. */
 static void vmlaunch(struct walk *w, uint32_t check)
@@ -181,8 +187,7 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 		vmlaunch(w, type);
 		break;
 	case GUEST_INSN_VMCALL:
-		if (!w->guest->vmx.vpid12)
-			transition_executed(w);
+		vmexit_executed(w);
 		break;
 	case GUEST_INSN_VMFUNC:
 		w->guest->vmx.ept12 = (uint32_t)op->value;

@@ -39,6 +39,8 @@ int vcpu_handles_violation(struct machine *m, uint32_t vcpu);
 struct guest_op;
 /* Make the tables that the operands of an operation GUEST_OP_VMX need, in guest mode. */
 enum walk_result vmx_prepare(struct walk *w, const struct guest_op *op);
+/* In guest mode: record what the VM exit of the running nested guest to L1 invalidates. */
+void vmexit_executed(struct walk *w);
 /* In guest mode: execute an operation GUEST_OP_VMX, of L1 or (VMCALL) of a nested guest, with which the vCPU exits. */
 void vmx_execute(struct walk *w, const struct guest_op *op);
 

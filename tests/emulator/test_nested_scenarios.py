@@ -146,11 +146,20 @@ def test_complaints(text: str, expected: str) -> None:
     assert expected in complaint(text)
 
 
-@pytest.mark.parametrize("name", ["nested-switch", "nested-overcommit", "nested-churn"])
+@pytest.mark.parametrize("name", ["nested-switch", "nested-overcommit", "nested-churn", "nested-kinds"])
 def test_a_policy_about_shadowed_epts_suits_them(name: str) -> None:
     scenario = load_scenario(name)
     assert scenario.unit in ("round trips", "nested roots")
     Emulation(scenario, Policy(commit_zap="batch")).machine.destroy()
+
+
+@pytest.mark.slow
+def test_l1s_of_each_kind_run_clean() -> None:
+    snapshot = run(load_scenario("nested-kinds"), 3.0).snapshot
+    assert not snapshot.violated
+    assert snapshot.counters["exit_apic_access"] > 2
+    for stat in ("nested_run", "nested_invvpid", "nested_invept", "nested_transition_flushes"):
+        assert snapshot.kvm(stat) > 2, stat
 
 
 @pytest.mark.slow

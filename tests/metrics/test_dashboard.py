@@ -50,6 +50,16 @@ def test_console_page_uses_exported_series(exported: set[str]) -> None:
     assert used <= exported
 
 
+def test_levels_of_nested_guests_have_panels() -> None:
+    by_level = {
+        name
+        for panel in dashboard()["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"sum by \(level\) \(rate\((flushlab_\w+)", target["expr"])
+    }
+    assert {"flushlab_vm_entries_by_level_total", "flushlab_tlb_flushes_by_level_total"} <= by_level
+
+
 def test_panels_do_not_overlap() -> None:
     cells: set[tuple[int, int]] = set()
     for panel in dashboard()["panels"]:

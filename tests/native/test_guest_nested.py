@@ -142,9 +142,7 @@ def test_entries_and_exits_without_a_vpid_invalidate_both_levels(machine: Hyperv
     assert set(machine.violations()) == (set() if vpid else {"guest-stale", "l1-stale", "cross-guest"})
 
 
-@pytest.mark.parametrize(
-    ("check", "ends"), [("CONTROLS", False), ("GUEST_STATE", True), ("MSR_LOAD", True)]
-)
+@pytest.mark.parametrize(("check", "ends"), [("CONTROLS", False), ("GUEST_STATE", True), ("MSR_LOAD", True)])
 @pytest.mark.parametrize("vpid", [0, 5])
 def test_an_entry_that_fails_invalidates_once_it_loads_state(
     machine: Hypervisor, check: str, ends: bool, vpid: int
