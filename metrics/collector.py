@@ -37,6 +37,7 @@ _SUMS = (
     ("collateral", "tlb_collateral_entries", "Live TLB entries of other contexts that flushes removed."),
     ("ipis_sent", "ipis_sent", "IPIs sent: calls that found the target's queue empty."),
     ("ipis_received", "ipis_received", "IPIs received: queues drained that an interrupt announced."),
+    ("hypercalls", "hypercalls", "Hypercalls by which Hyper-V flushed an EPT on all pCPUs."),
     ("interruptions", "vcpu_interruptions", "Times that an IPI made a vCPU leave guest mode."),
     ("bystander", "bystander_interruptions", "Of those, on pCPUs that ran nothing of the sender's VM."),
     ("vm_entries", "vm_entries", "VM entries."),

@@ -237,6 +237,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "psc_dump": Described("t entries max", "anything"),
     "invept_single": Described("t ep4ta", "anything"),
     "invept_global": Described("t", "anything"),
+    "ept_flush_list": Described("t ep4ta gpa_page pages", "anything"),
     "invvpid_address": Described("t vpid page", "anything"),
     "invvpid_single": Described("t vpid", "anything"),
     "invvpid_all": Described("t", "anything"),
@@ -284,4 +285,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "flush_invvpid_all": Described("m cpu vm reason", "part; writes tlb(cpu); at tlb"),
     "flush_invvpid_retain_globals": Described("m cpu vm vpid reason", "part; writes tlb(cpu); at tlb"),
     "flush_reset": Described("m cpu", "aside"),
+    "hv_flush_guest_mapping": Described("m cpu vm root gfn pages reason", "modelled; at call_queue; fence"),
+    "hv_hypercall": Described("m cpu vm root gfn pages", "anything"),
+    "hv_flush_pcpu": Described("m target vm root gfn pages reason", "anything"),
 }

@@ -66,6 +66,7 @@ class MachineConfig(CDataBase):
     psc_entries: int
     chaos: int
     snapshots: int
+    hyperv: int
     seed: int
 
 class MachineConfigPtr(MachineConfig):
@@ -294,12 +295,15 @@ class Lib:
     COUNT_AVERTED: Final[CounterId]
     COUNT_LEGAL_STALE: Final[CounterId]
     COUNT_ORACLE_SLOW: Final[CounterId]
+    COUNT_SHADOW_EPT_FILLS: Final[CounterId]
     COUNT_SPECULATIVE: Final[CounterId]
     COUNT_CSD_QUEUED: Final[CounterId]
     COUNT_IPIS_SENT: Final[CounterId]
     COUNT_IPIS_RECEIVED: Final[CounterId]
     COUNT_CALLS_RUN: Final[CounterId]
     COUNT_CALLS_SERVICED: Final[CounterId]
+    COUNT_HYPERCALLS: Final[CounterId]
+    COUNT_HYPERCALL_FLUSHES: Final[CounterId]
     COUNT_INTERRUPTIONS: Final[CounterId]
     COUNT_BYSTANDER: Final[CounterId]
     COUNT_IPIS_VMCLEAR: Final[CounterId]
@@ -354,6 +358,8 @@ class Lib:
     SCOPE_INVVPID_SINGLE: Final[int]
     SCOPE_INVVPID_ALL: Final[int]
     SCOPE_INVVPID_ADDRESS: Final[int]
+    SCOPE_HV_SPACE: Final[int]
+    SCOPE_HV_LIST: Final[int]
     SCOPES: Final[int]
     REASON_REMOTE_ZAP: Final[FlushReason]
     REASON_REMOTE_NOTIFIER: Final[FlushReason]
@@ -398,6 +404,7 @@ class Lib:
     EVENT_LOG_END: Final[EventKind]
     EVENT_COPY: Final[EventKind]
     EVENT_VMFAIL: Final[EventKind]
+    EVENT_HYPERCALL: Final[EventKind]
     EVENT_LOST: Final[EventKind]
     EVENTS: Final[int]
     EVENT_IPI_WAITS: Final[int]
@@ -639,6 +646,7 @@ class Lib:
     IPI_VMCS_CLEAR: Final[IpiFunction]
     IPI_INVEPT_GLOBAL: Final[IpiFunction]
     IPI_INVEPT_SINGLE: Final[IpiFunction]
+    IPI_HV_FLUSH: Final[IpiFunction]
     IPI_FUNCTIONS: Final[int]
     RCU_FREE_FRAME: Final[RcuCallback]
     RCU_NOTHING: Final[RcuCallback]
@@ -877,6 +885,7 @@ class Lib:
     def psc_dump(self, t: TlbPtr, entries: Array[PscEntry] | Null, max: int, /) -> int: ...
     def invept_single(self, t: TlbPtr, ep4ta: Ep4ta, /) -> None: ...
     def invept_global(self, t: TlbPtr, /) -> None: ...
+    def ept_flush_list(self, t: TlbPtr, ep4ta: Ep4ta, gpa_page: Gfn, pages: int, /) -> None: ...
     def invvpid_address(self, t: TlbPtr, vpid: Vpid, page: int, /) -> None: ...
     def invvpid_single(self, t: TlbPtr, vpid: Vpid, /) -> None: ...
     def invvpid_all(self, t: TlbPtr, /) -> None: ...
@@ -924,6 +933,9 @@ class Lib:
     def flush_invvpid_all(self, m: MachinePtr, cpu: CpuId, vm: VmId, reason: FlushReason, /) -> None: ...
     def flush_invvpid_retain_globals(self, m: MachinePtr, cpu: CpuId, vm: VmId, vpid: Vpid, reason: FlushReason, /) -> int: ...
     def flush_reset(self, m: MachinePtr, cpu: CpuId, /) -> None: ...
+    def hv_flush_guest_mapping(self, m: MachinePtr, cpu: CpuId, vm: VmId, root: Hfn, gfn: Gfn, pages: int, reason: FlushReason, /) -> int: ...
+    def hv_hypercall(self, m: MachinePtr, cpu: CpuId, vm: VmId, root: Hfn, gfn: Gfn, pages: int, /) -> None: ...
+    def hv_flush_pcpu(self, m: MachinePtr, target: CpuId, vm: VmId, root: Hfn, gfn: Gfn, pages: int, reason: FlushReason, /) -> None: ...
 
 class FFI:
     CData: TypeAlias = CDataBase

@@ -106,6 +106,8 @@ EXCEPTIONS: Final = {
             "flush_invvpid_all",
             "flush_invvpid_address",
             "flush_invvpid_retain_globals",
+            "hv_flush_guest_mapping",
+            "hv_flush_pcpu",
             "vcpu_add_flush_reason",
         )
     },

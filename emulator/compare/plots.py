@@ -56,10 +56,10 @@ _PER_MILLION = "per million guest accesses"
 
 # Groups of the cost lines of flushing, in the order in which they are stacked.
 _COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("instructions", ("invept_", "invvpid_")),
+    ("instructions", ("invept_", "invvpid_", "hv_", "hypercalls")),
     ("IPIs", ("IPIs ", "calls ")),
     ("interrupted guests", ("guests interrupted",)),
-    ("refills", ("refill ",)),
+    ("refills", ("refill ", "shadow EPT ")),
 )
 
 

@@ -147,6 +147,10 @@ def _what(e: Event) -> str:
     return "all its pages" if e.b == WHOLE else f"page {e.b:#x}"
 
 
+def _range(e: Event) -> str:
+    return f"{pages_text(e.more)} from gfn {e.b:#x} on"
+
+
 def _evicted(e: Event) -> str:
     what = {
         lib.EVICT_TABLES: "the paging-structure caches",
@@ -167,6 +171,7 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "map": lambda e: f"mapped gfn {e.a:#x} to frame {e.b:#x}",
     "request": lambda e: f"{e.request} to vCPU {e.a}",
     "ipi": lambda e: f"IPI ({e.function}) to {_targets(e)}",
+    "hypercall": lambda e: f"hypercall flushes root {e.a:#x}, " + (_range(e) if e.more else "all pages"),
     "promise": lambda e: f"promise: {PROMISED_BY.get(e.promise, e.promise)}, gfn {e.b:#x}",
     "free": lambda e: f"frame {e.a:#x} freed",
     "root_load": lambda e: f"vCPU {e.a} loads root {e.b:#x}",

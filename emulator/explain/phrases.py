@@ -26,6 +26,8 @@ _SCOPES = {
     "invvpid_single": "INVVPID single",
     "invvpid_all": "INVVPID all",
     "invvpid_address": "INVVPID address",
+    "hv_space": "Hyper-V flushes",
+    "hv_list": "Hyper-V flushes a range",
 }
 
 _PROMISERS = {
@@ -38,7 +40,13 @@ _PROMISERS = {
 
 
 def _flush(e: Event, facts: Facts) -> list[str]:
-    target = {"invept_single": " root {:#x}", "invvpid_single": " VPID {}", "invvpid_address": " page {:#x}"}
+    target = {
+        "invept_single": " root {:#x}",
+        "invvpid_single": " VPID {}",
+        "invvpid_address": " page {:#x}",
+        "hv_space": " root {:#x}",
+        "hv_list": " from gfn {:#x}",
+    }
     return [_SCOPES.get(e.scope, e.scope) + target.get(e.scope, "").format(e.b)]
 
 
@@ -88,6 +96,7 @@ _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     "map": _map,
     "request": lambda e, f: [f"{e.request} to v{e.a}"],
     "ipi": _ipi,
+    "hypercall": lambda e, f: ["hypercall: flush", f"root {e.a:#x}" + (f" gfn {e.b:#x}" if e.more else "")],
     "promise": lambda e, f: [_PROMISERS.get(e.promise, e.promise), "returns"],
     "free": lambda e, f: [f"frame {e.a:#x} is freed"],
     "root_load": lambda e, f: [f"kvm_mmu_load(v{e.a})", f"root {e.b:#x}"],

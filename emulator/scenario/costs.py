@@ -75,6 +75,10 @@ class Costs(BaseModel):
     invvpid_single: Cost
     invvpid_all: Cost
     invvpid_address: Cost
+    hypercall: Cost
+    hv_space: Cost
+    hv_list: Cost
+    hv_shadow_ept_fill: Cost
     l2_hit: Cost
     walk_reference: Cost
     spte_change: Cost
@@ -141,6 +145,9 @@ def modelled_cycles(
     `flush` and not among the other exits.  So are the walk references of refills that flushes caused, at the
     run's mean length of a walk.  The IPI of a VMCLEAR is charged to the group `work`: a migration needs it,
     whatever the policy flushes.  So are the mappings that an exit and an entry without a VPID drop.
+
+    On Hyper-V a refill after a flush of an EPT is also an entry that Hyper-V makes anew in its shadow
+    of that EPT.  This is a lower bound, because a shadow EPT has more entries than a TLB.
     """
     stats = list(vms)
     faults = sum(vm["faults"] for vm in stats)
@@ -167,6 +174,8 @@ def modelled_cycles(
         line("calls that rode along", "flush", ride_along, "call_ride_along"),
         line("guests interrupted", "flush", interruptions, "vm_exit_entry"),
         line("refill walk references", "flush", refill_references, "walk_reference"),
+        line("hypercalls", "flush", counters["hypercalls"], "hypercall"),
+        line("shadow EPT entries", "flush", counters["shadow_ept_fills"], "hv_shadow_ept_fill"),
         line("other exits", "work", counters["vm_entries"] - interruptions, "vm_exit_entry"),
         line("round trips of nested guests", "work", round_trips, "nested_round_trip"),
         line("exits without a VPID", "work", counters["no_vpid_exits"], "no_vpid_exit_entry"),

@@ -25,12 +25,15 @@ enum counter {
 	COUNT_AVERTED,           /* of those, ghosts that would have been a violation if used */
 	COUNT_LEGAL_STALE,       /* stale translations used before their revocation completed */
 	COUNT_ORACLE_SLOW,       /* custody checks that needed the slow path */
+	COUNT_SHADOW_EPT_FILLS,  /* on Hyper-V, of COUNT_REFILLS: after a flush for which Hyper-V drops its shadow of an EPT */
 	COUNT_SPECULATIVE,       /* translations filled without an access (guest_speculate) */
 	COUNT_CSD_QUEUED,        /* calls queued by this CPU */
 	COUNT_IPIS_SENT,         /* of those, first in the target's queue: an interrupt */
 	COUNT_IPIS_RECEIVED,     /* queues drained on this CPU that an interrupt announced */
 	COUNT_CALLS_RUN,         /* calls run on this CPU */
 	COUNT_CALLS_SERVICED,    /* of those, run by their sender while this CPU was halted */
+	COUNT_HYPERCALLS,        /* hypercalls that flush an EPT */
+	COUNT_HYPERCALL_FLUSHES, /* pCPUs that Hyper-V flushed for them */
 	COUNT_INTERRUPTIONS,     /* guest mode left because of an IPI */
 	COUNT_BYSTANDER,         /* of those, interruptions in which no call concerned the interrupted guest's VM */
 	COUNT_IPIS_VMCLEAR,      /* of COUNT_IPIS_SENT: for a VMCLEAR, which every migration needs */
@@ -96,6 +99,8 @@ enum flush_scope {
 	SCOPE_INVVPID_SINGLE,
 	SCOPE_INVVPID_ALL,
 	SCOPE_INVVPID_ADDRESS,
+	SCOPE_HV_SPACE,         /* HvCallFlushGuestPhysicalAddressSpace, on each pCPU */
+	SCOPE_HV_LIST,          /* HvCallFlushGuestPhysicalAddressList, on each pCPU */
 	SCOPES
 };
 

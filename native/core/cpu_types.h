@@ -22,6 +22,15 @@ struct lock_waiter {
 	_Atomic uint32_t granted;
 };
 
+/* The operands of a hypercall that flushes an EPT (hypercall.h). */
+struct hv_flush {
+	uint32_t vm;
+	uint32_t root;
+	uint64_t gfn;
+	uint64_t pages;
+	uint32_t reason;
+};
+
 struct cpu {
 	/* written by any thread; on one line, so that queueing a call and kicking cost one transfer */
 	alignas(CACHELINE) _Atomic uint32_t attention;
@@ -56,6 +65,7 @@ struct cpu {
 	struct rcu_chunk *rcu_chunks;
 	_Atomic(struct rcu_head *) rcu_returned; /* callback nodes that the RCU thread gave back */
 	struct lock_waiter lock_waiter;
+	struct hv_flush hv_flush; /* of this CPU's hypercall: its targets read it until they have acknowledged */
 	char error[160];
 };
 

@@ -39,6 +39,7 @@ enum event_kind {
 	EVENT_LOG_END,   /* user space has aborted its migration */
 	EVENT_COPY,      /* user space has copied pages: first page, mask */
 	EVENT_VMFAIL,    /* an INVEPT or INVVPID that failed and invalidated nothing: scope and reason, operand */
+	EVENT_HYPERCALL, /* a hypercall flushes an EPT on all pCPUs: root, first gfn; more: gfns, 0 for all */
 	EVENT_LOST,      /* in stories: older events of this CPU are unknown; the number that its ring has lost */
 	EVENTS
 };

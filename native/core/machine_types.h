@@ -43,6 +43,7 @@ struct machine_config {
 	uint32_t psc_entries;    /* paging-structure-cache entries per level; 0: unbounded */
 	uint32_t chaos;          /* one in this many points delays its caller; 0: never */
 	uint32_t snapshots;      /* machine_snapshot() will be used: all memory comes from one region */
+	uint32_t hyperv;         /* not 0: the machine is a guest of Hyper-V, which shadows KVM's EPTs */
 	uint64_t seed;
 };
 

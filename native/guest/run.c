@@ -18,6 +18,7 @@
 #include "guest/guest_shadow.h"
 #include "guest/program.h"
 #include "sync/cpu.h"
+#include "sync/ipi.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
 #include "vm/vm.h"
@@ -179,8 +180,13 @@ static uint32_t step(struct run *run)
 	uint64_t n, operand;
 	uint32_t insn, reason;
 
-	if (attention(run))
-		return cpu_attention(w->m, w->cpu->id) & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	if (attention(run)) {
+		uint32_t bits = cpu_attention(w->m, w->cpu->id);
+
+		if (w->m->config.hyperv && bits == ATTENTION_IPI && ipi_run_hypervisors(w->m, w->cpu))
+			return EXIT_REASONS;
+		return bits & ATTENTION_IPI ? EXIT_INTERRUPT : EXIT_MESSAGE;
+	}
 	if (!w->vmcs->ept) {
 		reason = before_the_next(run);
 		if (reason != EXIT_REASONS)

@@ -20,6 +20,7 @@
 #include "sync/rcu.h"
 #include "tlb/tlb_l1.h"
 #include "walk/flush.h"
+#include "walk/hypercall.h"
 #include "walk/vmcs.h"
 
 /* --- impossible configurations -------------------------------------------------------------------------- */
@@ -151,6 +152,7 @@ struct machine *machine_create(const struct machine_config *config, char *error,
 	m->cpu_count = config->pcpus + config->housekeeping;
 	m->spin_ns = spin_time();
 	flush_register();
+	hypercall_register();
 	ept_register();
 	vmcs_register();
 	why = build(m);

@@ -58,25 +58,25 @@ static void csd_unlock(struct machine *m, struct csd *csd)
 
 void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, uint64_t argument)
 {
-	target->kicked |= function != IPI_VMCS_CLEAR;
-	target->concerned |= (uint32_t)(argument >> 32) == target->guest_vm;
+	if (function != IPI_HV_FLUSH) {
+		target->kicked |= function != IPI_VMCS_CLEAR;
+		target->concerned |= (uint32_t)(argument >> 32) == target->guest_vm;
+	}
 	target->in_call = 1;
 	handler_of(function)(m, target, argument);
 	target->in_call = 0;
 }
 
 /* Take the queue, oldest first.  The attention bit is cleared before: a call queued in between leaves either
- * its node here or its bit there.  announced: by an interrupt that needed no bit. */
-static struct csd *take_queue(struct machine *m, struct cpu *target, bool announced)
+ * its node here or its bit there.  *announced: set if the bit was. */
+static struct csd *take_queue(struct machine *m, struct cpu *target, bool *announced)
 {
 	struct csd *taken, *oldest = NULL;
 
 	if (atomic_load_explicit(&target->attention, SEQ_CST) & ATTENTION_IPI) {
 		atomic_fetch_and_explicit(&target->attention, ~(uint32_t)ATTENTION_IPI, SEQ_CST);
-		announced = true;
+		*announced = true;
 	}
-	if (announced)
-		count(target->counters, COUNT_IPIS_RECEIVED, 1);
 	chaos_point(m, target->id);
 	taken = atomic_exchange_explicit(&target->call_queue, NULL, SEQ_CST);
 	while (taken) {
@@ -87,6 +87,16 @@ static struct csd *take_queue(struct machine *m, struct cpu *target, bool announ
 		taken = next;
 	}
 	return oldest;
+}
+
+/* Count an interrupt that announced these calls, if one did: unless it was Hyper-V's, and not KVM's. */
+static void count_received(struct cpu *target, const struct csd *list, bool announced)
+{
+	bool kvms = !list;
+
+	for (; list && !kvms; list = list->next)
+		kvms = list->function != IPI_HV_FLUSH;
+	count(target->counters, COUNT_IPIS_RECEIVED, announced && kvms);
 }
 
 /* Return whether the sender's call to this CPU and a call of this CPU to the sender are both under way: each
@@ -110,21 +120,55 @@ static struct csd *run_synchronous(struct machine *m, struct cpu *target, struct
 			continue;
 		}
 		count(target->counters, COUNT_CALLS_CROSSED, crossed(m, target, csd));
+		*calls += csd->function != IPI_HV_FLUSH;
 		ipi_run_function(m, target, csd->function, csd->argument);
 		chaos_point(m, target->id);
 		csd_unlock(m, csd);
-		++*calls;
 	}
 	*end = NULL;
 	return left;
 }
 
+/* Put a call back into the queue, as its sender did. */
+static void put_back(struct cpu *target, struct csd *csd)
+{
+	struct csd *head = atomic_load_explicit(&target->call_queue, memory_order_relaxed);
+
+	do {
+		csd->next = head;
+	} while (!atomic_compare_exchange_weak_explicit(&target->call_queue, &head, csd, SEQ_CST,
+							memory_order_relaxed));
+}
+
+/* A sender that finds the queue empty meanwhile interrupts this CPU itself.  The bit for the calls that are put back is
+ * set after them, as a sender does. */
+bool ipi_run_hypervisors(struct machine *m, struct cpu *target)
+{
+	bool only = true, announced = false;
+
+	for (struct csd *csd = take_queue(m, target, &announced), *next; csd; csd = next) {
+		next = csd->next;
+		if (csd->function == IPI_HV_FLUSH) {
+			ipi_run_function(m, target, csd->function, csd->argument);
+			chaos_point(m, target->id);
+			csd_unlock(m, csd);
+		} else {
+			put_back(target, csd);
+			only = false;
+		}
+	}
+	if (!only)
+		atomic_fetch_or_explicit(&target->attention, ATTENTION_IPI, SEQ_CST);
+	return only;
+}
+
 /* __flush_smp_call_function_queue() (kernel/smp.c) */
 static int run_queue(struct machine *m, struct cpu *target, bool announced)
 {
-	struct csd *list = take_queue(m, target, announced);
+	struct csd *list = take_queue(m, target, &announced);
 	int calls = 0;
 
+	count_received(target, list, announced);
 	list = run_synchronous(m, target, list, &calls);
 	for (struct csd *next; list; list = next) {
 		uint32_t function = list->function;
@@ -148,9 +192,13 @@ int ipi_run_queue(struct machine *m, struct cpu *target)
 
 void ipi_discard_queue(struct machine *m, struct cpu *target)
 {
-	for (struct csd *csd = take_queue(m, target, false), *next; csd; csd = next) {
-		next = csd->next;
-		csd_unlock(m, csd);
+	bool announced = false;
+	struct csd *list = take_queue(m, target, &announced);
+
+	count_received(target, list, announced);
+	for (struct csd *next; list; list = next) {
+		next = list->next;
+		csd_unlock(m, list);
 	}
 }
 

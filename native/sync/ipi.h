@@ -21,6 +21,7 @@ enum ipi_function {
 	IPI_VMCS_CLEAR,    /* __loaded_vmcs_clear: argument's lower half is the VMCS */
 	IPI_INVEPT_GLOBAL,
 	IPI_INVEPT_SINGLE, /* of a new root: argument's lower half is the EP4TA */
+	IPI_HV_FLUSH,      /* Hyper-V's, for a hypercall: argument's lower half is the CPU that made it */
 	IPI_FUNCTIONS
 };
 
@@ -45,6 +46,9 @@ void ipi_run_function(struct machine *m, struct cpu *target, uint32_t function, 
 /* Take and run the queue of `target`, which the caller owns (its thread, or SERVICED by the caller).
  * Returns the number of calls. */
 int ipi_run_queue(struct machine *m, struct cpu *target);
+/* Called in guest mode, by the CPU's thread: run the calls of Hyper-V's, for which the guest does not exit to KVM.
+ * Returns whether no other call was queued. */
+bool ipi_run_hypervisors(struct machine *m, struct cpu *target);
 /* Acknowledge the queue of `target`, which the caller owns, without running it. */
 void ipi_discard_queue(struct machine *m, struct cpu *target);
 /* Ensure that `target` takes its queue: interrupt it, or service it if it is halted or offline. */

@@ -118,10 +118,10 @@ static int queue_call(struct machine *m, struct cpu *c, uint32_t target, const s
 		csd->next = head;
 	} while (!atomic_compare_exchange_weak_explicit(&t->call_queue, &head, csd, SEQ_CST,
 							memory_order_relaxed));
-	count(c->counters, COUNT_CSD_QUEUED, 1);
+	count(c->counters, COUNT_CSD_QUEUED, call->function != IPI_HV_FLUSH);
 	if (head)
 		return 0;
-	count(c->counters, COUNT_IPIS_SENT, 1);
+	count(c->counters, COUNT_IPIS_SENT, call->function != IPI_HV_FLUSH);
 	count(c->counters, COUNT_IPIS_VMCLEAR, call->function == IPI_VMCS_CLEAR);
 	return 1;
 }
@@ -210,12 +210,14 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 		     bool run_local)
 {
 	struct cpu *c = &m->cpus[cpu];
-	uint64_t began = call->wait ? monotonic_ns() : 0;
+	bool kvms = call->function != IPI_HV_FLUSH;
+	uint64_t began = call->wait && kvms ? monotonic_ns() : 0;
 	int targets, r = 0;
 
 	memset(c->calls_sent, 0, 2 * sizeof(*c->calls_sent) * ((m->config.pcpus + 63) / 64));
 	targets = queue_mask(m, c, mask, call);
-	note_calls(m, c, targets, call);
+	if (kvms)
+		note_calls(m, c, targets, call);
 	/* Even if we give up: other senders may have queued behind us and rely on our kick. */
 	kick_mask(m, c);
 	if (targets < 0)
@@ -224,7 +226,8 @@ static int call_many(struct machine *m, uint32_t cpu, const uint64_t *mask, cons
 		call_locally(m, c, call);
 	if (call->wait && targets) {
 		r = wait_mask(m, c);
-		histogram_record(m, cpu, HISTOGRAM_IPI_WAIT, monotonic_ns() - began);
+		if (kvms)
+			histogram_record(m, cpu, HISTOGRAM_IPI_WAIT, monotonic_ns() - began);
 	}
 	return r ? r : targets + run_local;
 }

@@ -102,6 +102,23 @@ void psc_drop_page(struct tlb *t, uint32_t index, uint64_t page)
 	}
 }
 
+void psc_drop_range(struct tlb *t, uint32_t index, uint64_t page, uint64_t pages)
+{
+	for (uint32_t level = 1; level <= PSC_LEVELS; level++) {
+		struct store *s = &t->psc[level - 1];
+
+		for (uint32_t cell = 0; cell < s->cell_count; cell++) {
+			uint64_t key = s->key[cell], first;
+
+			if (!key || key_context(key) != index || !cell_live(s, cell))
+				continue;
+			first = key_page(key);
+			if (first < page + pages && page < first + (UINT64_C(1) << 9 * level))
+				cell_mark_dead(s, cell);
+		}
+	}
+}
+
 uint32_t psc_dump(struct tlb *t, struct psc_entry *entries, uint32_t max)
 {
 	uint32_t n = 0;

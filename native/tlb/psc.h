@@ -92,5 +92,7 @@ int psc_create(struct tlb *t, const struct machine_config *config);
 void psc_destroy(struct tlb *t);
 /* Drop the entries of one context that a walk for the page could use. */
 void psc_drop_page(struct tlb *t, uint32_t index, uint64_t page);
+/* Drop the entries of one context that a walk for one of the pages could use. */
+void psc_drop_range(struct tlb *t, uint32_t index, uint64_t page, uint64_t pages);
 
 #endif

@@ -31,6 +31,20 @@ void context_drop_page(struct tlb *t, uint32_t index, uint64_t page)
 	}
 }
 
+/* By a scan, because a range may have more pages than the TLB has cells. */
+void context_drop_range(struct tlb *t, uint32_t index, uint64_t page, uint64_t pages)
+{
+	for (uint32_t cell = 0; cell < t->l2.cell_count; cell++) {
+		uint64_t key = t->l2.key[cell], first;
+
+		if (!key || key_context(key) != index || !cell_live(&t->l2, cell))
+			continue;
+		first = key_page(key);
+		if (first < page + pages && page < first + (UINT64_C(1) << 9 * key_size(key)))
+			cell_kill(t, cell);
+	}
+}
+
 static void kill_if_piece(struct tlb *t, uint32_t cell, uint32_t guest)
 {
 	const struct slot *slot;

@@ -73,6 +73,23 @@ void invept_global(struct tlb *t)
 			context_drop(t, t->live[i], DROP_BOTH);
 }
 
+void ept_flush_list(struct tlb *t, uint32_t ep4ta, uint64_t gpa_page, uint64_t pages)
+{
+	for (uint32_t i = t->live_count; i-- > 0;) {
+		const struct context *c = &t->contexts[t->live[i]];
+
+		if (c->kind == KIND_LINEAR || c->ep4ta != ep4ta)
+			continue;
+		if (c->kind == KIND_COMBINED) {
+			context_drop(t, t->live[i], DROP_BOTH);
+		} else {
+			context_drop_range(t, t->live[i], gpa_page, pages);
+			psc_drop_range(t, t->live[i], gpa_page, pages);
+		}
+	}
+	l1_clear(&t->l1);
+}
+
 void invvpid_address(struct tlb *t, uint32_t vpid, uint64_t page)
 {
 	if (vpid)

@@ -11,6 +11,9 @@ struct tlb;
 /* (INVVPID of VPID 0 fails, except type 2, and invalidates nothing.) */
 void invept_single(struct tlb *t, uint32_t ep4ta);
 void invept_global(struct tlb *t);
+/* HvCallFlushGuestPhysicalAddressList: guest-physical mappings of these pages under an EP4TA.  Combined mappings of other
+ * pages may go as well, and here go all of that EP4TA. */
+void ept_flush_list(struct tlb *t, uint32_t ep4ta, uint64_t gpa_page, uint64_t pages);
 void invvpid_address(struct tlb *t, uint32_t vpid, uint64_t page);
 void invvpid_single(struct tlb *t, uint32_t vpid);
 void invvpid_all(struct tlb *t);

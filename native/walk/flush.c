@@ -174,6 +174,24 @@ int flush_invvpid_retain_globals(struct machine *m, uint32_t cpu, uint32_t vm, u
 	return 0;
 }
 
+void flush_by_hypervisor(struct machine *m, uint32_t cpu, const struct hv_flush *f)
+{
+	if (f->pages)
+		ept_flush_list(begin(m, cpu, f->vm, SCOPE_HV_LIST, f->reason, f->gfn), f->root, f->gfn, f->pages);
+	else
+		invept_single(begin(m, cpu, f->vm, SCOPE_HV_SPACE, f->reason, f->root), f->root);
+	end(m, cpu, f->vm);
+	count(m->cpus[cpu].counters, COUNT_HYPERCALL_FLUSHES, 1);
+}
+
+bool flush_is_of_ept(uint64_t flush)
+{
+	uint32_t scope = flush >> 4 & 15;
+
+	return scope == SCOPE_INVEPT_GLOBAL || scope == SCOPE_INVEPT_SINGLE || scope == SCOPE_HV_SPACE ||
+	       scope == SCOPE_HV_LIST;
+}
+
 void flush_reset(struct machine *m, uint32_t cpu)
 {
 	struct tlb *t = m->cpus[cpu].tlb;

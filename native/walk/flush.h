@@ -34,7 +34,12 @@ void flush_reset(struct machine *m, uint32_t cpu);
 void flush_register(void);
 /* A pCPU's record of its flushes; made at the first one. */
 struct flush_account;
+struct hv_flush;
 void flush_account_destroy(struct machine *m, struct cpu *cpu);
+/* Flush an EPT on this pCPU, as Hyper-V does for a hypercall (hypercall.h). */
+void flush_by_hypervisor(struct machine *m, uint32_t cpu, const struct hv_flush *f);
+/* Return whether this flush, by its number, was one of an EPT's mappings. */
+bool flush_is_of_ept(uint64_t flush);
 /* Record that a ghost that `flush` left would have been a violation if used: the flush was necessary. */
 void flush_averted(struct machine *m, struct cpu *cpu, uint64_t flush);
 

@@ -71,6 +71,7 @@ void walk_ghost(struct walk *w, const struct tlb_entry *ghost, uint64_t page, ui
 	if (w->speculative || !flush || ghost->right[type] == RIGHT_NONE)
 		return;
 	count(w->cpu->counters, COUNT_REFILLS, 1);
+	count(w->cpu->counters, COUNT_SHADOW_EPT_FILLS, w->m->config.hyperv && flush_is_of_ept(flush));
 	if (averted(w, ghost, page, type)) {
 		count(w->cpu->counters, COUNT_AVERTED, 1);
 		flush_averted(w->m, w->cpu, flush);

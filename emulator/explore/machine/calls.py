@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from emulator.explore.machine.control import Control
 from emulator.machine.runtime import RELAX_MICROSECONDS, MachineMisuse
 from native import lib
-from native.types import CpuId, IpiFunction, IpiWait
+from native.types import CpuId, FlushReason, Gfn, Hfn, IpiFunction, IpiWait, VmId
 
 if TYPE_CHECKING:
     from native._native import U64, Chars, Lib, MachinePtr
@@ -63,6 +63,19 @@ class Calls(Lib):
         if cpu < self.control.machine.pcpus:
             execution.touch(0, self.control.bit("tlb", cpu))
         return self._sent(m, cpu, targets, sent, bool(wait))
+
+    def hv_flush_guest_mapping(
+        self, m: MachinePtr, cpu: CpuId, vm: VmId, root: Hfn, gfn: Gfn, pages: int, reason: FlushReason
+    ) -> int:
+        """Flush the pCPUs one after the other, each in a step, beneath the guests that run there."""
+        execution = self.control.execution
+        if execution is None:
+            return int(lib.hv_flush_guest_mapping(m, cpu, vm, root, gfn, pages, reason))
+        lib.hv_hypercall(m, cpu, vm, root, gfn, pages)
+        for target in map(CpuId, range(self.control.machine.pcpus)):
+            execution.step(("hypercall", target, "write"), 0, self.control.bit("tlb", target))
+            lib.hv_flush_pcpu(m, target, vm, root, gfn, pages, reason)
+        return 0
 
     def _wait_for_nodes(self, m: MachinePtr, cpu: CpuId, targets: list[CpuId], what: str) -> None:
         """Wait for csd_lock(): the node of a sender and target is in use until the target acknowledges."""
