@@ -23,6 +23,7 @@ from emulator.explore.results.verdict import Plan as ExplorePlan
 from emulator.job.job import Job
 from emulator.litmus.loader import load_tests
 from emulator.litmus.model import LitmusTest
+from emulator.litmus.policies import kind_of_host
 from emulator.litmus.runner import running
 from emulator.litmus.table import Results
 from emulator.policy import DEFAULT, Policy, canonical, class_policy, spelled_policy
@@ -79,7 +80,7 @@ def compare(
     if repeat < 1:
         raise BadInput("repeat", f"found {repeat}", "1 or more")
     for policy in chosen:
-        check_suits(policy, shape.name, ept=shape.machine.ept, nested_ept=shape.nested_ept)
+        check_suits(policy, shape.name, **shape.kind_of_host)
     plan = ComparePlan(
         scenario=shape,
         policies=chosen,
@@ -184,9 +185,9 @@ def _pairs(
     if names:
         for test in loaded:
             for policy in chosen:
-                check_suits(policy, test.name, ept=test.machine.ept)
+                check_suits(policy, test.name, **kind_of_host(test))
     return [
-        (test, [policy for policy in chosen if unasked_answer(policy, ept=test.machine.ept) is None])
+        (test, [policy for policy in chosen if unasked_answer(policy, **kind_of_host(test)) is None])
         for test in loaded
     ]
 

@@ -104,7 +104,7 @@ def compare(
     shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
     limits.check(shape)
     for policy in chosen:
-        check_suits(policy, shape.name, ept=shape.machine.ept, nested_ept=shape.nested_ept)
+        check_suits(policy, shape.name, **shape.kind_of_host)
     plan = Plan(
         scenario=shape,
         policies=chosen,

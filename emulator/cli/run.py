@@ -62,7 +62,7 @@ def run_request(request: Request, tree: TreeReport | None = None) -> int:
     policy = load_policy(request.policy or DEFAULT, request.settings)
     address = _metrics_address(request.metrics)
     limits.check(scenario)
-    check_suits(policy, scenario.name, ept=scenario.machine.ept, nested_ept=scenario.nested_ept)
+    check_suits(policy, scenario.name, **scenario.kind_of_host)
     if request.report_dir is not None:
         make_directory("--report-dir", request.report_dir)
     findings = Findings(request.report_dir, _head(request, scenario, policy))

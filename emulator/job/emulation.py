@@ -78,6 +78,7 @@ def machine_config(scenario: Scenario, seed: int, chaos: int, unbounded: bool) -
         "psc_entries": 0 if unbounded else geometry.psc_entries,
         "chaos": chaos,
         "seed": seed,
+        "hyperv": scenario.machine.hyperv,
     }
 
 
@@ -101,7 +102,7 @@ class Emulation:
         params: KvmParams | None = None,
         pace: float = 0,
     ) -> None:
-        check_suits(policy, scenario.name, ept=scenario.machine.ept, nested_ept=scenario.nested_ept)
+        check_suits(policy, scenario.name, **scenario.kind_of_host)
         self.scenario = scenario
         self.policy = policy
         self.params = replace(
@@ -109,6 +110,7 @@ class Emulation:
             host_takes_time=True,
             ept=scenario.machine.ept,
             vpid=scenario.machine.vpid,
+            hyperv=scenario.machine.hyperv,
         )
         if scenario.kvm.mmu_pages:
             self.params = replace(self.params, mmu_pages=scenario.kvm.mmu_pages)

@@ -65,6 +65,9 @@ NestedInvept = Literal["free-roots", "free-roots-and-flush", "none"]
 NestedInvvpid = Literal["pcpu-of-vmcs02", "current-pcpu", "none"]
 Vpid02Reuse = Literal["flush", "none"]
 
+HvRemoteFlush = Literal["tracked-roots", "requests"]
+HvLocalFlush = Literal["invept", "hypercall"]
+
 
 class Decisions(Protocol):
     """A policy, as KVM sees it."""
@@ -223,3 +226,9 @@ class Decisions(Protocol):
 
     def vpid02_reuse(self, cpu: Cpu, vcpu: Vcpu) -> Vpid02Reuse:
         """`vcpu` is about to enter L2 with another VPID of L1's than at its last entry with one."""
+
+    def hv_remote_flush(self, cpu: Cpu, kvm: Kvm) -> HvRemoteFlush:
+        """SPTEs of `kvm` have changed, a remote flush begins, and KVM is a guest of Hyper-V, with EPT."""
+
+    def hv_local_flush(self, cpu: Cpu, vcpu: Vcpu) -> HvLocalFlush:
+        """`vcpu` is about to flush its current root on `cpu`, and KVM is a guest of Hyper-V, with EPT."""

@@ -32,7 +32,7 @@ from emulator.kvm.mmu.structs import KvmMmu, KvmMmuPage, KvmMmuPageRole
 from emulator.machine.locks import MmuLock, Mutex, SpinLock
 from emulator.machine.runtime import Cpu, Machine
 from native import ffi, lib
-from native.types import CpuId, FlushReason, Gfn, Hva, Level, VcpuId, VmId, Vpid
+from native.types import CpuId, FlushReason, Gfn, Hfn, Hva, Level, VcpuId, VmId, Vpid
 
 if TYPE_CHECKING:
     from emulator.kvm.decisions import Decisions
@@ -53,6 +53,7 @@ class KvmParams:
     single: a native call changes at most one SPTE, so that each explored step changes one.
     resched_chunks: chunks after which need_resched() is true for an iterator; 0: never.
     eager_page_split: the module parameter of that name.
+    hyperv: the host is a guest of Hyper-V (kvm_onhyperv.py).
     ept, vpid: kvm_intel.ept and kvm_intel.vpid.  Without EPT KVM shadows the guests' page tables; without
     VPIDs VM entry and exit flush.
     flexpriority: kvm_intel.flexpriority, and vCPUs with an in-kernel local APIC.  Off by default, because
@@ -75,6 +76,7 @@ class KvmParams:
     eager_page_split: bool = True
     ept: bool = True
     vpid: bool = True
+    hyperv: bool = False
     flexpriority: bool = False
     mmu_pages: int = 1 << 16
     eptad: bool = True
@@ -195,6 +197,7 @@ class Kvm:
     Lock order: slots_lock, slots_arch_lock, mn_invalidate_lock; mmu_lock, tdp_mmu_pages_lock.
     `tdp_mmu_zap_works`: roots that wait for the worker that zaps them (decision root_put=async).
     `policy_data`: the policy's state of the VM.  `heard`: the policy's functions that hear of moments.
+    hv_root_tdp, under hv_root_tdp_lock: on Hyper-V the root that all vCPUs have in common, if they have one.
     `x86_ops`: the vendor's operations.  `mm`: the host's memory management, without which no page may be
     copied on write.  `at_host_work`: CPUs that wait in emulator.kvm.host_work.
     """
@@ -204,6 +207,8 @@ class Kvm:
         "dirty_log_manual",
         "gfns",
         "heard",
+        "hv_root_tdp",
+        "hv_root_tdp_lock",
         "id",
         "machine",
         "memslots",
@@ -262,6 +267,8 @@ class Kvm:
         self.tdp_mmu_zap_works: deque[KvmMmuPage] = deque()
         self.at_host_work: list[CpuId] = []
         self.shadow = KvmShadowArch(params.mmu_pages)
+        self.hv_root_tdp: Hfn | None = None  # None: INVALID_PAGE
+        self.hv_root_tdp_lock = SpinLock("hv_root_tdp_lock")
 
     def __repr__(self) -> str:
         return f"<VM {self.id}>"
@@ -338,7 +345,7 @@ class Vcpu:
     flush_current_reason: the reason of the vCPU's last KVM_REQ_TLB_FLUSH_CURRENT, for the accounts;
     flush_reasons: a bit for each reason of the KVM_REQ_TLB_FLUSH that it services, flush_reason: the first.
     policy_data: the policy's state of the vCPU.  srcu_idx: the SRCU section that it is in, -1 if none.
-    `exit`: the last VM exit.
+    hv_root_tdp: on Hyper-V the root in its EPT_POINTER.  `exit`: the last VM exit.
     """
 
     __slots__ = (
@@ -348,6 +355,7 @@ class Vcpu:
         "flush_reason",
         "flush_reasons",
         "guest_mmu",
+        "hv_root_tdp",
         "id",
         "immediate_exit",
         "kvm",
@@ -382,6 +390,7 @@ class Vcpu:
         self.flush_current_reason: FlushReason = lib.REASON_GUEST
         self.flush_reasons = 0
         self.flush_reason: FlushReason = lib.REASON_OTHER
+        self.hv_root_tdp: Hfn | None = None
         self.exit = ffi.new("struct vcpu_exit *")
 
     def __repr__(self) -> str:

@@ -66,6 +66,7 @@ def machine_config(test: LitmusTest, seed: int) -> dict[str, int]:
         "l2_entries": 0,
         "l2_ways": 12,
         "psc_entries": 0,
+        "hyperv": test.machine.hyperv,
         "chaos": test.stress.chaos,
         "seed": seed,
     }
@@ -195,6 +196,7 @@ class Harness:
             eptad=section.ept_ad,
             ept=self.test.machine.ept,
             vpid=self.test.machine.vpid,
+            hyperv=self.test.machine.hyperv,
             flexpriority=section.apic,
             slice_accesses=1 << 30,
         )

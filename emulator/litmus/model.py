@@ -8,6 +8,7 @@
     root_frames = 4               # host frames for EPT roots: few, so that pages become roots again
     ept = true                    # kvm_intel.ept; false: KVM shadows the guests' page tables
     vpid = true                   # kvm_intel.vpid; false: VM entry and VM exit flush
+    hyperv = false                # true: the host is a guest of Hyper-V, which flushes KVM's EPTs
     vpids = 65535                 # VPIDs that the host has left; a vCPU takes one, and one for nested guests
 
     [[vm]]                        # one VM with one vCPU if not given
@@ -175,7 +176,14 @@ class MachineSection(Section):
     guest_blocks: Annotated[int, Unit("blocks of 2 MiB")] = Field(default=4, ge=0, le=16, strict=True)
     ept: bool = True
     vpid: bool = True
+    hyperv: bool = False
     vpids: Annotated[int, Unit("VPIDs")] = Field(default=65535, ge=1, le=65535, strict=True)
+
+    @model_validator(mode="after")
+    def _hyperv_with_ept(self) -> Self:
+        if self.hyperv and not self.ept:
+            raise ValueError("ept = true where hyperv = true: Hyper-V flushes EPTs")
+        return self
 
 
 class VmSection(Section):

@@ -53,7 +53,7 @@ def policies_for(test: LitmusTest, chosen: Sequence[str], all_mutants: bool) -> 
     """
     if chosen:
         for name in chosen:
-            check_suits(named_policy(name), test.name, **_host(test))
+            check_suits(named_policy(name), test.name, **kind_of_host(test))
         return list(dict.fromkeys(map(canonical, chosen)))
     mutants = mutant_names() if all_mutants else [name for name in mutant_names() if is_cost_only(name)]
     apart = [name for policies in test.expect.apart().values() for name in policies]
@@ -70,18 +70,19 @@ def pairs_of(
     pairs = [(test, name) for test in tests for name in names]
     if named:
         for test, name in pairs:
-            check_suits(named_policy(name), test.name, **_host(test))
+            check_suits(named_policy(name), test.name, **kind_of_host(test))
     return [(test, name) for test, name in pairs if suits(test, name)]
 
 
 def suits(test: LitmusTest, name: str) -> bool:
     """Return whether the policy can be tried on the test's host (emulator.policy.suitable)."""
-    return unasked_answer(named_policy(name), **_host(test)) is None
+    return unasked_answer(named_policy(name), **kind_of_host(test)) is None
 
 
-def _host(test: LitmusTest) -> dict[str, bool]:
+def kind_of_host(test: LitmusTest) -> dict[str, bool]:
+    """Return the properties on which depends what KVM asks a policy (emulator.policy.suitable)."""
     nested_ept = any(op.verb == VmwriteEptp.verb for name in test.threads for _, op in sequence(test, name))
-    return {"ept": test.machine.ept, "nested_ept": nested_ept}
+    return {"ept": test.machine.ept, "nested_ept": nested_ept, "hyperv": test.machine.hyperv}
 
 
 def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:

@@ -212,6 +212,12 @@ class Policy:
     def vpid02_reuse(self, cpu: Cpu, vcpu: Vcpu) -> decisions.Vpid02Reuse:
         return self._answers["vpid02_reuse"]
 
+    def hv_remote_flush(self, cpu: Cpu, kvm: Kvm) -> decisions.HvRemoteFlush:
+        return self._answers["hv_remote_flush"]
+
+    def hv_local_flush(self, cpu: Cpu, vcpu: Vcpu) -> decisions.HvLocalFlush:
+        return self._answers["hv_local_flush"]
+
     def _decide(self, point: str, cpu: Cpu, *arguments: object) -> Any:
         """Answer a point that a proposal may decide."""
         act = self._acts.get(point)

@@ -81,6 +81,7 @@ PRESETS: dict[str, Policy] = {
             migration="none",
             migration_vpid="none",
         ),
+        Policy(name="lkml-2025-hyperv-flush", hv_local_flush="hypercall", migration="none"),
         Policy(name="lkml-2025-active-roots", migration="active-roots"),
         Policy(name="lkml-2025-cpu-flushed-mask", migration="cpu-flushed-mask"),
         Policy(
@@ -130,6 +131,10 @@ PRESET_DOCS = {
     "lkml-2025-vm-pcpu-mask": (
         "An idea of August 2025: a new root is flushed on the pCPUs where the VM ever ran; loads and "
         "migrations flush nothing."
+    ),
+    "lkml-2025-hyperv-flush": (
+        "Proposed in June 2025, for hosts that are guests of Hyper-V: the flush of a loaded root is a "
+        "hypercall, for which Hyper-V flushes all pCPUs; migrations flush nothing."
     ),
     "lkml-2025-active-roots": (
         "Proposed in August 2025, patch 4: a migration flushes the current and previous roots only."

@@ -99,6 +99,11 @@ class Scenario(Section):
         return any(vm.nested is not None and vm.nested.ept for vm in self.vm)
 
     @property
+    def kind_of_host(self) -> dict[str, bool]:
+        """Return the properties on which depends what KVM asks a policy (emulator.policy.suitable)."""
+        return {"ept": self.machine.ept, "nested_ept": self.nested_ept, "hyperv": self.machine.hyperv}
+
+    @property
     def threads(self) -> int:
         """Return the number of OS threads that a run starts: the pCPUs, a Kvm actor per disturbed VM, the
         hosts, the scheduler and RCU."""

@@ -93,6 +93,14 @@ class MachineSection(Section):
     # entry and VM exit flush.
     ept: bool = True
     vpid: bool = True
+    # The host is a guest of Hyper-V, which shadows KVM's EPTs and flushes them by hypercall.
+    hyperv: bool = False
+
+    @model_validator(mode="after")
+    def _hyperv_with_ept(self) -> Self:
+        if self.hyperv and not self.ept:
+            raise ValueError("ept = true where hyperv = true: Hyper-V flushes EPTs")
+        return self
 
 
 class NestedSection(Section):

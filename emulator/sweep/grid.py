@@ -87,7 +87,7 @@ class Grid:
         shape = varied(load_scaled(self.scenario, pcpus, ept, costs), dict(point))
         limits.check(shape)
         for _, policy in self.policies:
-            check_suits(policy, shape.name, ept=shape.machine.ept, nested_ept=shape.nested_ept)
+            check_suits(policy, shape.name, **shape.kind_of_host)
         return shape
 
     def _unit(

@@ -16,6 +16,7 @@ from emulator.kvm.kvm_host import (
     OUTSIDE_GUEST_MODE,
     READING_SHADOW_PAGE_TABLES,
 )
+from emulator.kvm.kvm_onhyperv import ALL_PAGES, hv_flush_remote_tlbs_range, hv_flushes_remotely
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.machine.runtime import Cpu, timed
 from native import lib
@@ -136,13 +137,18 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs(): make every vCPU flush before it runs guest code again.
 
     On return every vCPU is outside guest mode with the request pending, or has entered again after flushing.
-    Stale entries may still exist, but no vCPU will use them.  `reason` (enum flush_reason) is for the
+    Stale entries may still exist, but no vCPU will use them.  On Hyper-V hypercalls have flushed all pCPUs,
+    and no vCPU has a request.  `reason` (enum flush_reason) is for the
     accounts.
     """
     with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
         if kvm.heard.remote_flush_due is not None:
             kvm.heard.remote_flush_due(cpu, kvm, reason)
+        if hv_flushes_remotely(cpu, kvm):
+            hv_flush_remote_tlbs_range(cpu, kvm, ALL_PAGES, reason)
+            cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH)
+            return
         for vcpu in kvm.vcpus:
             lib.vcpu_add_flush_reason(cpu.m, vcpu.id, reason)
         if kvm_make_all_cpus_request(cpu, kvm, KVM_REQ_TLB_FLUSH):
@@ -150,8 +156,16 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
 
 
 def kvm_flush_remote_tlbs_range(cpu: Cpu, kvm: Kvm, gfn: Gfn, nr_pages: int, reason: FlushReason) -> None:
-    """kvm_flush_remote_tlbs_range(): flush the whole VM, because bare metal has no range hook."""
-    kvm_flush_remote_tlbs(cpu, kvm, reason)
+    """kvm_flush_remote_tlbs_range(): flush the whole VM, because bare metal has no range hook; Hyper-V has.
+
+    As in the kernel, such a hypercall counts in none of the VM's statistics.
+    """
+    if not hv_flushes_remotely(cpu, kvm):
+        kvm_flush_remote_tlbs(cpu, kvm, reason)
+        return
+    if kvm.heard.remote_flush_due is not None:
+        kvm.heard.remote_flush_due(cpu, kvm, reason)
+    hv_flush_remote_tlbs_range(cpu, kvm, (gfn, nr_pages), reason)
 
 
 def kvm_flush_remote_tlbs_memslot(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, reason: FlushReason) -> None:

@@ -16,6 +16,7 @@ from emulator.kvm.kvm_host import (
     X86_CR4_PAE,
     X86_CR4_PSE,
 )
+from emulator.kvm.kvm_onhyperv import ALL_PAGES, hv_flushes, hv_remote_flush_root_tdp, hv_track_root_tdp
 from emulator.kvm.mmu.lockless import kvm_mmu_is_dummy_root
 from emulator.kvm.mmu.roots import active_roots
 from emulator.kvm.mmu.spte import root_to_sp
@@ -99,12 +100,15 @@ def vmx_flush_tlb_all(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
 
 def vmx_flush_tlb_current(cpu: Cpu, vcpu: Vcpu, reason: FlushReason) -> None:
     """vmx_flush_tlb_current(): execute INVEPT single on the current root, if there is one; without EPT,
-    INVVPID."""
+    INVVPID.  Decision hv_local_flush, on Hyper-V."""
     if vcpu.mmu.root is None:
         return
     cpu.stat(vcpu.kvm.id, lib.STAT_FLUSH_CURRENT)
     if not vcpu.kvm.params.ept:
         vpid_sync_context(cpu, vcpu, reason)
+        return
+    if hv_flushes(vcpu.kvm) and vcpu.kvm.policy.hv_local_flush(cpu, vcpu) == "hypercall":
+        hv_remote_flush_root_tdp(cpu, vcpu.kvm, vcpu.mmu.root.hfn, ALL_PAGES, reason)
         return
     vmx_flush_tlb_ept_root(cpu, vcpu.kvm, vcpu.mmu.root, reason)
 
@@ -171,6 +175,7 @@ def vmx_load_mmu_pgd(cpu: Cpu, vcpu: Vcpu, root_hfn: Hfn, root_level: Level) -> 
     if not vcpu.kvm.params.ept:
         lib.vmcs_write_guest_cr3(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, kvm_get_active_pcid(vcpu))
         return
+    hv_track_root_tdp(cpu, vcpu, root_hfn)
     if vcpu.mmu.root_role.direct:
         lib.vmcs_write_eptp(cpu.m, vcpu.loaded_vmcs.vmcs, root_hfn, root_level)
     else:

@@ -17,7 +17,20 @@ EVERYWHERE = ["linux-7.3", "linux-6.12", "linux-6.1", "linux-5.18", "linux-5.14"
 def test_without_ept_kernels_are_left_and_the_patch_for_both_mmus() -> None:
     left = [name for name, policy in PRESETS.items() if unasked_answer(policy, ept=False) is None]
     assert left == EVERYWHERE
-    assert not [name for name, policy in PRESETS.items() if unasked_answer(policy, ept=True)]
+    left = [name for name, policy in PRESETS.items() if unasked_answer(policy, ept=True)]
+    assert left == ["lkml-2025-hyperv-flush"]
+    assert not [name for name, policy in PRESETS.items() if unasked_answer(policy, ept=True, hyperv=True)]
+
+
+@pytest.mark.parametrize("answers", [{"hv_remote_flush": "requests"}, {"hv_local_flush": "hypercall"}])
+def test_an_answer_about_hyperv_is_asked_on_hyperv_alone(answers: dict[str, str]) -> None:
+    ((point, answer),) = answers.items()
+    assert unasked_answer(Policy(**answers), ept=True) == f"{point}={answer}"
+    assert unasked_answer(Policy(**answers), ept=True, hyperv=True) is None
+    with pytest.raises(BadInput) as caught:
+        check_suits(Policy(**answers), "main", ept=True)
+    assert "no guest of Hyper-V" in str(caught.value)
+    assert "machine.hyperv = true" in str(caught.value)
 
 
 @pytest.mark.parametrize(
