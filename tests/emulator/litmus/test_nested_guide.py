@@ -65,12 +65,10 @@ def test_a_row_of_the_table(row: list[str]) -> None:
     assert verdict(test, shared_root.with_settings(BEFORE, "shared root, before 5.5")) == due
 
 
-def migrations() -> list[tuple[str, str, str]]:
-    """Return test, policy and verdict of each cell of the second table."""
-    text = page("nested").partition("## A migration")[2].partition("## ")[0]
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
-    ]
+def cells_below(heading: str) -> list[tuple[str, str, str]]:
+    """Return test, policy and verdict of each cell of the first table below a heading."""
+    text = page("nested").partition(heading)[2].partition("\n\n|")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     head, _, *body = lines
     found = []
     for name, *cells in body:
@@ -82,11 +80,15 @@ def migrations() -> list[tuple[str, str, str]]:
     return found
 
 
-def test_the_second_table_has_every_policy() -> None:
-    assert len(migrations()) == 30
+MIGRATIONS = cells_below("## A migration")
+HYPERV = cells_below("## Hyper-V below KVM")
+
+
+def test_the_tables_of_verdicts_have_every_policy() -> None:
+    assert (len(MIGRATIONS), len(HYPERV)) == (30, 16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("test", "policy", "due"), migrations())
-def test_a_migration_with_both_levels_active(test: str, policy: str, due: str) -> None:
+@pytest.mark.parametrize(("test", "policy", "due"), [*MIGRATIONS, *HYPERV])
+def test_a_cell_of_the_tables_of_verdicts(test: str, policy: str, due: str) -> None:
     assert verdict(test, named_policy(policy)) == due
