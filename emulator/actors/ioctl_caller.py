@@ -40,8 +40,6 @@ _ROUNDS = 3
 _BETWEEN_ROUNDS_US = 2000
 # How long logging stays armed in a toggle, which does not read the log.
 _ARMED_US = 5000
-# How long the second slot stays away.
-_SLOT_GONE_US = 500
 _ZAP_PAGES = 2048
 _FEW_PAGES = 512
 # Time for the guest to map pages again before that zap: the slot's deletion has zapped all of its roots.
@@ -69,7 +67,7 @@ def whole_range(slot: structs.KvmMemorySlot, pages: int, rng: Random) -> tuple[G
 
 
 class IoctlCaller(MachineActor):
-    """The ioctl caller of one VM."""
+    """The ioctl caller of one VM.  slot_gone: the seconds for which a slot that it deletes stays away."""
 
     def __init__(
         self,
@@ -79,12 +77,14 @@ class IoctlCaller(MachineActor):
         scheduler: ActorRef[Any],
         pacer: Pacer,
         rng: Random,
+        slot_gone: float,
     ) -> None:
         super().__init__(crew, cpu, f"kvm{kvm.id}")
         self.kvm = kvm
         self.scheduler = scheduler
         self.pacer = pacer
         self.rng = rng
+        self._slot_gone_us = slot_gone * 1e6
         self.dirty_rounds = 0
         has_worker = kvm.policy.may_answer("root_put", "async")
         self._longest_sleep_us = _WORKQUEUE_US if has_worker else math.inf
@@ -115,7 +115,7 @@ class IoctlCaller(MachineActor):
         """Delete a slot and create it again; then zap a range, as changes of MTRRs do."""
         slot = self.kvm.memslots[0].by_id[SECOND_SLOT]
         kvm_set_memory_region(self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, 0, slot.userspace_addr)
-        self._sleep(_SLOT_GONE_US)
+        self._sleep(self._slot_gone_us)
         kvm_set_memory_region(
             self.cpu, self.kvm, SECOND_SLOT, slot.base_gfn, slot.npages, slot.userspace_addr
         )

@@ -226,7 +226,8 @@ class Emulation:
         for kvm in self.disturbed:
             rng = self._seeded()
             pacer = kvm_pacer(self.workload, len(self.disturbed), rng)
-            IoctlCaller.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng)
+            gone = self.scenario.kvm.slot_gone
+            IoctlCaller.start(self.crew, next(self._free_cpus), kvm, scheduler, pacer, rng, gone)
         for i in range(self.scenario.host.actors):
             rng = self._seeded()
             pacer = host_pacer(self.workload, self.scenario.host.actors, rng)

@@ -239,8 +239,9 @@ class HostSection(Section):
 class KvmSection(Section):
     """Operations that each VM's VMM requests from KVM."""
 
-    # Delete and re-create a memslot.
+    # Delete and re-create a memslot, and how long it stays away.
     memslot_cycles: Annotated[Rate, Unit("cycles per second")] = 0
+    slot_gone: Duration = 0.0005
     # Zap the pages of a huge page, as a change of MTRRs does (kvm_zap_gfn_range).
     range_zaps: Annotated[Rate, Unit("ranges per second")] = 0
     # Arm dirty logging, read it a few times, disarm it (which recovers huge pages).

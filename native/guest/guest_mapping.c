@@ -20,6 +20,7 @@
 enum {
 	SHARE_ONE_IN = 16,       /* pages mapped to another process's page */
 	MMIO_ONE_IN = 8,         /* pages in the second memslot */
+	FILE_RAM_ONE_IN = 4,     /* pages of files that are not in the second memslot */
 };
 
 /* INVLPG, or INVPCID of another process's PCID. */
@@ -182,14 +183,15 @@ static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn, bool
 		guest_page_map(&p->page[i], (struct guest_mapping){ (uint32_t)(gfn + (p->pages[i] & 511)), writable, true });
 }
 
-/* Get a page of memory.  A device fills a file's page, so the OS does not touch it through its own map of memory. */
+/* Get a page of memory.  A device fills a file's page, so the OS does not touch it through its own map of memory.  Files are
+ * on the device of the second memslot as well, and one address has now a page of RAM and now one of that device. */
 static enum walk_result new_page(struct walk *w, uint64_t page, uint64_t *gfn)
 {
 	struct guest *g = w->guest;
 
 	if (!os_batches(w) || !g->leader->config.file_pages)
 		return os_alloc_zeroed(w, g->config.mmio_gfn && page % MMIO_ONE_IN == 0, gfn);
-	*gfn = guest_gfn_alloc(g, false);
+	*gfn = guest_gfn_alloc(g, g->config.mmio_gfn && guest_random(g) % FILE_RAM_ONE_IN != 0);
 	return *gfn == GUEST_NO_GFN ? WALK_GUEST_FAULT : WALK_DONE;
 }
 

@@ -288,6 +288,31 @@ def test_flushes_that_serve_a_later_unmap_are_made(name: str, counter: str, acti
 
 
 @pytest.mark.slow
+def test_faults_on_a_device_that_is_away_make_mmio_sptes() -> None:
+    result = run("device-slots", seconds=2.0)
+    assert not result.failure
+    assert not result.snapshot.violated, result.reports[0].text
+    assert result.snapshot.kvm("pf_mmio_spte_created") > 0
+    assert next(one.begun for one in result.activities if one.name == "memslot_cycles") > 5
+
+
+@pytest.mark.slow
+def test_pages_become_tables_while_logging_begins_and_ends() -> None:
+    result = run("logged-tables", seconds=2.0)
+    assert not result.failure
+    assert not result.snapshot.violated, result.reports[0].text
+    assert result.snapshot.kvm("mmu_unsync") > 0
+    assert result.snapshot.kvm("mmu_cache_miss") > 0
+    assert next(one.begun for one in result.activities if one.name == "dirty_log_toggles") > 5
+
+
+def test_a_slot_stays_away_as_long_as_the_scenario_says() -> None:
+    seconds = parse_scenario('[[vm]]\n[kvm]\nslot_gone = "20ms"\n', "mine", Path()).kvm.slot_gone
+    assert seconds == 0.02
+    assert parse_scenario("[[vm]]\n", "mine", Path()).kvm.slot_gone == 0.0005
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ept", [True, False])
 def test_the_vcpus_of_a_vm_run_threads_of_the_same_processes_without_ept_only(ept: bool) -> None:
     with Emulation(load_scaled("table-churn", None, ept), LINUX, seed=1) as emulation:
