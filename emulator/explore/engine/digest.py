@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, cast
 
@@ -15,6 +16,7 @@ from native import ffi
 _PLAIN: Final = (type(None), bool, int, float, str, bytes, Enum, range)
 _NAMED: Final = (type, BuiltinFunctionType, ModuleType)
 _MISSING: Final = object()
+_Items = list[tuple[object, tuple[object, ...]]]
 
 
 class CannotDigest(TypeError):
@@ -31,6 +33,7 @@ class Digest:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._places = {number: place for place, number in enumerate(snapshot._seen)}
+        self._instances = [(key, items, _comparison(key[1])) for key, items in snapshot._instances.items()]
         self._met: dict[int, int] = {}
         self._kept: list[object] = []  # keeps new objects alive, so that no other one gets their address
 
@@ -63,8 +66,9 @@ class Digest:
                 yield "elements", place, self._each(elements)
 
     def _attributes(self) -> Iterator[Hashable]:
-        for (kind, names), items in self._snapshot._instances.items():
-            for place, (obj, values) in enumerate(items):
+        for (kind, names), items, changed in self._instances:
+            for place in changed(items):
+                obj, values = items[place]
                 for name, value in zip(names, values, strict=True):
                     present = getattr(obj, name, _MISSING)
                     if _differs(value, present):
@@ -137,4 +141,26 @@ def _differs(one: object, other: object) -> bool:
 
 
 def _differ(some: Sequence[object], others: Sequence[object]) -> bool:
-    return len(some) != len(others) or any(map(_differs, some, others))
+    if len(some) != len(others):
+        return True
+    return not all(map(is_, some, others)) and any(map(_differs, some, others))
+
+
+def _comparison(names: tuple[str, ...]) -> Callable[[_Items], Sequence[int]]:
+    """Return generated code that finds the objects of which an attribute is another object than before.
+
+    It runs for each state, and almost no attribute changes.
+    """
+    values = [f"v{number}" for number in range(len(names))]
+    same = " and ".join(f"obj.{name} is {value}" for name, value in zip(names, values, strict=True))
+    code = f"""
+def changed(items):
+    try:
+        return [place for place, (obj, ({", ".join(values)},)) in enumerate(items) if not ({same})]
+    except AttributeError:
+        return range(len(items))
+"""
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    found: Callable[[_Items], Sequence[int]] = namespace["changed"]
+    return found

@@ -61,33 +61,31 @@ class HearingLib(ControlledLib):
         for name in dir(lib):
             value = getattr(self, name)
             if callable(value):
-                self.__dict__[name] = self._heard(value)
+                self.__dict__[name] = self._heard(value, pointers(getattr(lib, name)))
 
-    def _heard(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _heard(self, call: Callable[..., Any], filled: tuple[int, ...]) -> Callable[..., Any]:
         control = self.control
 
         def heard(*args: Any) -> Any:
             result = call(*args)
             execution = control.execution
-            if execution is not None:
-                execution.current.heard.append((_told(result), *filled_in(args)))
+            # The search knows the results of a replayed step.
+            if execution is not None and execution.length >= execution.replayed:
+                told = address(result) if isinstance(result, ffi.CData) else result
+                memory = [bytes(ffi.buffer(args[n])) for n in filled if isinstance(args[n], ffi.CData)]
+                execution.current.heard.append((told, *memory))
             return result
 
         return heard
 
 
-def filled_in(args: tuple[Any, ...]) -> list[bytes]:
-    """Return the memory of the arguments that a call may have filled in."""
-    return [
-        bytes(ffi.buffer(arg))
-        for arg in args
-        if isinstance(arg, ffi.CData) and ffi.typeof(arg).cname not in _POINTERS
-    ]
-
-
-def _told(result: Any) -> Hashable:
-    told: Hashable = address(result) if isinstance(result, ffi.CData) else result
-    return told
+def pointers(function: Any) -> tuple[int, ...]:
+    """Return the numbers of a native function's arguments that point to memory which it may fill in."""
+    return tuple(
+        number
+        for number, kind in enumerate(ffi.typeof(function).args)
+        if kind.kind in ("pointer", "array") and kind.cname not in _POINTERS
+    )
 
 
 def stateless(program: LitmusProgram) -> str:
