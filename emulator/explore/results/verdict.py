@@ -364,7 +364,7 @@ def _statefully(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
     budget = verdict.plan.executions - verdict.executions
     if budget <= 0:
         return
-    strategy = Stateful(program.objects, MachineStates(program))
+    strategy = Stateful(program.objects, MachineStates(program), has_met=verdict.met > 0)
     limits = Limits(executions=budget, runs=RUNS * budget)
     found = search(program, program.objects, strategy, limits, bool, stop)
     _add(verdict, found, None, "stateful")

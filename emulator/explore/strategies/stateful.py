@@ -64,10 +64,12 @@ class Stateful(Exhaustive):
 
     matches: executions that ended in a state of the table.  There are none until an execution has met the
     precondition: it depends on more than the state, and is known only at the end of a whole execution.
+    has_met: an execution before this search has met it.
     """
 
-    def __init__(self, objects: Objects, states: States) -> None:
+    def __init__(self, objects: Objects, states: States, *, has_met: bool = False) -> None:
         super().__init__(objects)
+        self.has_met = has_met
         self._node = StatefulNode
         self.states = states
         self.matches = 0
@@ -139,7 +141,8 @@ class Stateful(Exhaustive):
         parent.history = self._histories[index] = self._number(("rests", index, number))
         locals_now = tuple(states.local(task, history) for task, history in enumerate(self._histories))
         key = number, node.enabled, locals_now
-        for slept, below in self._known_states.get(key, ()) if self.met else ():
+        known = self._known_states.get(key, ()) if self.met or self.has_met else ()
+        for slept, below in known:
             if not slept & ~node.sleeping:
                 self._race_with(below)
                 for task, accesses in below.items():

@@ -232,6 +232,30 @@ def test_a_race_with_retries_is_proved_in_a_few_executions() -> None:
     assert found.document()["stateless"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_met", [False, True])
+def test_executions_end_early_once_the_precondition_was_met(has_met: bool) -> None:
+    """The first executions of this search do not meet it, and those that were sampled before may have."""
+    program = LitmusProgram(load_test("stale-until-flush"), Policy())
+    hear(program)
+    try:
+        with instrument(program.control):
+            strategy = Stateful(program.objects, MachineStates(program), has_met=has_met)
+            found = search(program, program.objects, strategy, Limits(runs=150), bool)
+    finally:
+        program.close()
+    assert not found.met
+    assert (strategy.matches > 0) == has_met
+
+
+@pytest.mark.slow
+def test_sampled_executions_can_meet_the_precondition() -> None:
+    found = explore_verdict(load_test("stale-until-flush"), Policy(), Plan(executions=600, stateful=True))
+    last = found.rounds[-1]
+    assert last["strategy"] == "stateful"
+    assert last["pruned"] > last["executions"] / 4
+
+
 @pytest.mark.parametrize("policy", ["linux-7.3+fault_retry=none", "mutant:fault-without-retry"])
 def test_an_unsafe_policy_is_refuted(policy: str) -> None:
     found = explore_verdict(load_test("fault-races-unmap"), named_policy(policy), Plan(stateful=True))
