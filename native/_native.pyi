@@ -409,6 +409,7 @@ class Lib:
     EVENTS: Final[int]
     EVENT_IPI_WAITS: Final[int]
     EVENT_IPI_WORD: Final[int]
+    EVENT_ENTRY_GUEST: Final[int]
     EVICT_PAGE: Final[int]
     EVICT_TABLES: Final[int]
     EVICT_PHYSICAL: Final[int]

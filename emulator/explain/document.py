@@ -59,6 +59,12 @@ class Case:
         name = self.names.get(cpu, "")
         return name.replace("pcpu", "CPU") if name else f"CPU{cpu}"
 
+    def levels(self, cpu: int) -> str:
+        """Return which guests ran on the CPU, for its column's title, if nested guests (L2) did."""
+        events = self.events or tuple(moment.event for moment in self.moments)
+        entered = {bool(event.nested) for event in events if event.kind == "entry" and event.cpu == cpu}
+        return "" if True not in entered else " (L1, L2)" if False in entered else " (L2)"
+
     @property
     def columns(self) -> list[int]:
         """Return the CPUs of the moments: pCPUs first, then threads, user space last."""

@@ -119,6 +119,16 @@ class Event:
         return tuple(first + bit for bit in range(64) if self.a >> bit & 1)
 
     @property
+    def nested(self) -> int:
+        """Return the number of the nested guest that a VM entry enters; 0: the vCPU's own guest (L1)."""
+        return self.b >> lib.EVENT_ENTRY_GUEST
+
+    @property
+    def root(self) -> int:
+        """Return the root of a VM entry."""
+        return self.b & (1 << lib.EVENT_ENTRY_GUEST) - 1
+
+    @property
     def promise(self) -> str:
         return name_of(PROMISES, self.a)
 
@@ -159,8 +169,13 @@ def _evicted(e: Event) -> str:
     return f"evicts {what}"
 
 
+def _entered(e: Event) -> str:
+    guest = f" to nested guest {e.nested}" if e.nested else ""
+    return f"VM entry of vCPU {e.a}{guest}, root {e.root:#x}"
+
+
 _TEXTS: dict[str, Callable[[Event], str]] = {
-    "entry": lambda e: f"VM entry of vCPU {e.a}, root {e.b:#x}",
+    "entry": _entered,
     "exit": lambda e: f"VM exit of vCPU {e.a}: {name_of(EXIT_REASONS, e.b)}",
     "load": lambda e: f"VMCS of vCPU {e.a} loaded" + ("" if e.b >= _NOWHERE else f", was on pCPU {e.b}"),
     "flush": lambda e: f"{e.scope} for {e.reason}",

@@ -69,7 +69,7 @@ class Explanation:
     closing: tuple[str, ...] = ()
 
     def labels(self) -> list[str]:
-        return [self.case.label(cpu) for cpu in self.columns]
+        return [self.case.label(cpu) + self.case.levels(cpu) for cpu in self.columns]
 
 
 def explain(case: Case) -> Explanation:

@@ -65,15 +65,13 @@ class _Trace:
         entered: Event | None = None
         for event in (e for e in self.all if e.cpu == cpu):
             if entered is not None and event.kind in ("entry", "exit", "load", "unload"):
-                yield self._slice(
-                    f"guest mode, vCPU {entered.a}", entered, self._ts(event) - self._ts(entered)
-                )
+                yield self._slice(_guest(entered), entered, self._ts(event) - self._ts(entered))
                 entered = None
             if event.kind == "entry":
                 entered = event
         if entered is not None:
             last = max(self._ts(event) for event in self.all)
-            yield self._slice(f"guest mode, vCPU {entered.a}", entered, last + 1 - self._ts(entered))
+            yield self._slice(_guest(entered), entered, last + 1 - self._ts(entered))
 
     def _slice(self, name: str, event: Event, duration: float, **more: Any) -> dict[str, Any]:
         return {
@@ -120,3 +118,8 @@ class _Trace:
 def _synthetic(case: Case) -> list[Event]:
     """Return the fill and the use, which are not in the rings."""
     return [moment.event for moment in case.moments if moment.event.kind in (FILL, USE)]
+
+
+def _guest(entered: Event) -> str:
+    nested = f", nested guest {entered.nested}" if entered.nested else ""
+    return f"guest mode, vCPU {entered.a}{nested}"

@@ -85,7 +85,7 @@ def _guest_invalidate(e: Event, facts: Facts) -> list[str]:
 _PHRASES: dict[str, Callable[[Event, Facts], list[str]]] = {
     FILL: _fill,
     USE: _use,
-    "entry": lambda e, f: [f"vcpu_enter_guest(v{e.a})"],
+    "entry": lambda e, f: [f"vcpu_enter_guest(v{e.a})", *([f"to L2, guest {e.nested}"] if e.nested else ())],
     "exit": lambda e, f: [f"VM exit ({name_of(EXIT_REASONS, e.b).replace('_', ' ')})"],
     "load": lambda e, f: [f"vmx_vcpu_load_vmcs(v{e.a})"],
     "flush": _flush,

@@ -107,7 +107,7 @@ class _Picture:
     def _heads(self) -> Iterator[str]:
         for cpu in self.explanation.columns:
             x = self._middle(cpu)
-            label = escape(self.explanation.case.label(cpu))
+            label = escape(self.explanation.case.label(cpu) + self.explanation.case.levels(cpu))
             yield f'<text class="c" x="{x}" y="58" text-anchor="middle">{label}</text>'
             yield f'<line class="l" x1="{x}" y1="66" x2="{x}" y2="{self.bottom}"/>'
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from emulator.errors import shown
-from emulator.litmus.syntax import Arg, GuestOp, Instruction, Op, OpError
+from emulator.litmus.syntax import Arg, GuestOp, Instruction, Op, OpError, check_huge
 from native import lib
 
 if TYPE_CHECKING:
@@ -220,17 +220,25 @@ class _Ept12Op(GuestOp):
 
 class Ept12Map(_Ept12Op):
     verb = "ept12-map"
-    doc = "L1 maps PAGE of L2's guest-physical memory to its own page GFN in an EPT. ro: read-only."
+    doc = (
+        "L1 maps PAGE of L2's guest-physical memory to its own page GFN in an EPT. ro: read-only. huge: 2 "
+        "MiB, of which PAGE and GFN are the first pages; no page of them is mapped alone, before or later."
+    )
     args = (_EPT12, Arg("page", "page"), Arg("gfn", "page"))
-    words = ("ro",)
+    words = ("ro", "huge")
     kind = "EPT12_MAP"
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        if "huge" in self.flags:
+            check_huge(self, "page", "gfn")
 
 
 class Ept12Unmap(_Ept12Op):
     verb = "ept12-unmap"
     doc = (
-        "L1 clears the entry for PAGE of L2's guest-physical memory in an EPT, without an invalidation. "
-        "table: the entry that links the table of PAGE's 2 MiB."
+        "L1 clears the entry for PAGE of L2's guest-physical memory in an EPT, without an invalidation; the "
+        "entry may map 2 MiB. table: the entry that links the table of PAGE's 2 MiB."
     )
     args = (_EPT12, Arg("page", "page"))
     words = ("table",)

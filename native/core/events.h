@@ -10,7 +10,8 @@
 /* Events: a ring per CPU, for the story around a violation. */
 enum event_kind {
 	EVENT_NONE,
-	EVENT_ENTRY,     /* VM entry: vcpu, root; more: the guest's clock */
+	EVENT_ENTRY,     /* VM entry: vcpu, root, above it (EVENT_ENTRY_GUEST) the number of the nested guest, 0: L1; more: the
+			  * guest's clock */
 	EVENT_EXIT,      /* VM exit: vcpu, reason; more: the guest's clock */
 	EVENT_LOAD,      /* VMCS loaded: vcpu, cpu it was on before */
 	EVENT_FLUSH,     /* scope and reason, argument of the instruction */
@@ -43,7 +44,7 @@ enum event_kind {
 	EVENT_LOST,      /* in stories: older events of this CPU are unknown; the number that its ring has lost */
 	EVENTS
 };
-enum { EVENT_IPI_WAITS = 1 << 15, EVENT_IPI_WORD = 16 };
+enum { EVENT_IPI_WAITS = 1 << 15, EVENT_IPI_WORD = 16, EVENT_ENTRY_GUEST = 32 };
 enum evicted { EVICT_PAGE, EVICT_TABLES, EVICT_PHYSICAL };
 
 struct event {

@@ -20,6 +20,7 @@
 #define EPT12_ENTRY_WRITABLE UINT64_C(2)
 #define EPT12_EXECUTABLE UINT64_C(4)
 #define EPT12_WB UINT64_C(0x30)
+#define EPT12_PAGE UINT64_C(0x80) /* of level 2: the entry maps 2 MiB */
 #define EPT12_ACCESSED UINT64_C(0x100)
 #define EPT12_DIRTY UINT64_C(0x200)
 #define EPT12_RWX (EPT12_READABLE | EPT12_ENTRY_WRITABLE | EPT12_EXECUTABLE)
@@ -137,8 +138,10 @@ uint64_t ept12_eptp(const struct guest *l1, uint32_t number, bool ad)
 	return l1->vmx.ept12s->ept[number].root_gfn << 12 | EPTP_WB | EPTP_LEVELS_4 | (ad ? EPTP_AD : 0);
 }
 
-/* Find the table of the entry to write.  WALK_GUEST_FAULT: it is missing, and `create` is not set. */
-static enum walk_result find_table(struct walk *w, const struct wanted *to, bool create, uint64_t *table)
+/* Find the table of the entry to write.  WALK_GUEST_FAULT: it is missing, and `create` is not set.
+ *
+ * If one entry maps the page's 2 MiB, that is the entry to write: its level becomes 2. */
+static enum walk_result find_table(struct walk *w, struct wanted *to, bool create, uint64_t *table)
 {
 	uint64_t value, next;
 	enum walk_result r = ept12_root(w, to->number);
@@ -162,6 +165,10 @@ static enum walk_result find_table(struct walk *w, const struct wanted *to, bool
 				return r;
 			os_table_linked(w->guest, next);
 			value = next << 12;
+		}
+		if (level == 2 && value & EPT12_PAGE) {
+			to->level = 2;
+			return WALK_DONE;
 		}
 		*table = (value & GPTE_ADDRESS) >> 12;
 	}
@@ -199,6 +206,12 @@ static bool note(struct machine *m, struct ept12s *s, const struct ept12_change 
 	return true;
 }
 
+/* Return how many pages the entry maps. */
+static uint64_t pages_of(const struct wanted *to)
+{
+	return UINT64_C(1) << (to->level - 1) * 9;
+}
+
 static bool record_page(struct machine *m, struct ept12s *s, const struct wanted *to, uint64_t page)
 {
 	struct ept12 *ept = &s->ept[to->number];
@@ -211,13 +224,14 @@ static bool record_page(struct machine *m, struct ept12s *s, const struct wanted
 		ept->mapping[page] &= ~EPT12_WRITABLE;
 	else
 		ept->mapping[page] = to->kind == GUEST_OP_EPT12_UNMAP ? 0 :
-				     to->gfn | EPT12_MAPPED | (to->writable ? EPT12_WRITABLE : 0);
+				     (to->gfn + (page & (pages_of(to) - 1))) | EPT12_MAPPED |
+				     (to->writable ? EPT12_WRITABLE : 0);
 	return true;
 }
 
 static bool record(struct walk *w, const struct wanted *to)
 {
-	uint64_t pages = UINT64_C(1) << (to->level - 1) * 9, page = to->page & ~(pages - 1), end = page + pages;
+	uint64_t page = to->page & ~(pages_of(to) - 1), end = page + pages_of(to);
 	struct ept12 *ept = &w->guest->vmx.ept12s->ept[to->number];
 
 	if (!ept->mapping) {
@@ -234,9 +248,11 @@ static bool record(struct walk *w, const struct wanted *to)
 
 /* --- operations --------------------------------------------------------------------------------------------- */
 
-static enum walk_result change(struct walk *w, const struct wanted *to)
+/* A page that is mapped with 2 MiB changes with all of these: L1 splits no such entry. */
+static enum walk_result change(struct walk *w, struct wanted *to)
 {
 	bool map = to->kind == GUEST_OP_EPT12_MAP;
+	uint32_t level = to->level;
 	uint64_t table = GUEST_NO_GFN, value = 0;
 	enum walk_result r = find_table(w, to, map, &table);
 
@@ -246,11 +262,13 @@ static enum walk_result change(struct walk *w, const struct wanted *to)
 		r = read_entry(w, table, to->page >> (to->level - 1) * 9 & 511, &value);
 	if (r != WALK_DONE)
 		return r;
+	if (map && level < to->level)
+		return WALK_GUEST_FAULT;
 	if (to->kind == GUEST_OP_EPT12_PROTECT)
 		value &= ~EPT12_ENTRY_WRITABLE;
 	else
 		value = map ? to->gfn << 12 | EPT12_WB | EPT12_READABLE | EPT12_EXECUTABLE |
-			      (to->writable ? EPT12_ENTRY_WRITABLE : 0) : 0;
+			      (to->writable ? EPT12_ENTRY_WRITABLE : 0) | (to->level > 1 ? EPT12_PAGE : 0) : 0;
 	r = write_entry(w, table, to->page >> (to->level - 1) * 9 & 511, value);
 	if (r == WALK_DONE && !record(w, to))
 		return WALK_GUEST_FAULT;

@@ -1,6 +1,6 @@
 /* L1's EPTs for its nested guests: L1 writes their tables in its own memory, and invalidates with INVEPT.
  *
- * The tables have four levels and map 4 KiB pages (SDM vol. 3C, 29.3.2).  vm/ept12.h records their contents.  If an
+ * The tables have four levels and map pages of 4 KiB and of 2 MiB (SDM vol. 3C, 29.3.2).  vm/ept12.h records their contents.  If an
  * access of a nested guest meets no mapping, the guest exits to L1.  If the page is one that the nested guest's OS
  * uses for its page tables, L1 maps it, to L1's page of the same number; L1 skips any other access, as if it emulated
  * a device.

@@ -25,7 +25,8 @@ enum guest_op_kind {
 	GUEST_OP_SIGNAL,     /* add 1 to the machine's signal `value` */
 	GUEST_OP_WAIT,       /* in guest mode until signal `linear` is at least `value`; UINT64_MAX: for ever */
 	GUEST_OP_VMX,        /* exit EXIT_INSTRUCTION; flags: enum guest_insn | type << 8; value, linear: operands */
-	GUEST_OP_EPT12_MAP,  /* linear (a page of L2) -> value (L1's gfn) in L1's EPT flags >> 8; flags: GUEST_OP_READ_ONLY */
+	GUEST_OP_EPT12_MAP,  /* linear (a page of L2) -> value (L1's gfn) in L1's EPT flags >> 8; flags: GUEST_OP_READ_ONLY,
+			      * GUEST_OP_HUGE */
 	GUEST_OP_EPT12_UNMAP, /* flags: GUEST_OP_HUGE: the entry of level 2, and with it the table of 2 MiB */
 	GUEST_OP_EPT12_PROTECT, /* the page loses write access */
 	GUEST_OPS

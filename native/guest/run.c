@@ -14,6 +14,7 @@
 #include "guest/guest_flush.h"
 #include "guest/guest_hypervisor.h"
 #include "guest/guest_insn.h"
+#include "guest/guest_nested.h"
 #include "guest/guest_os.h"
 #include "guest/guest_shadow.h"
 #include "guest/program.h"
@@ -272,7 +273,8 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 		histogram_record(m, cpu, HISTOGRAM_VCPU_PAUSE, monotonic_ns() - v->left_guest_at);
 	count(w->cpu->counters, COUNT_VM_ENTRIES, 1);
 	count(w->cpu->counters, v->guest == v->guests[0] ? COUNT_LEVEL1_ENTRIES : COUNT_LEVEL2_ENTRIES, 1);
-	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu, vmcs->root, v->guest->clock);
+	event_record_more(m, cpu, event_of(v->vm, EVENT_ENTRY), vcpu,
+			  vmcs->root | (uint64_t)vcpu_guest_mode(m, vcpu) << EVENT_ENTRY_GUEST, v->guest->clock);
 	return 0;
 }
 

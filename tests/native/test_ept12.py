@@ -159,3 +159,26 @@ def test_in_smm_l1_handles_no_exit_of_its_guest(machine: Hypervisor) -> None:
         lib.vcpu_set_smm(machine.m, vcpu, smm)
         handles.append(bool(lib.vcpu_handles_violation(machine.m, vcpu)))
     assert handles == [False, True]
+
+
+def test_an_entry_of_level_2_maps_2_mib(machine: Hypervisor) -> None:
+    vcpu = nested_vcpu(machine)
+    huge = lib.GUEST_OP_HUGE
+    run(machine, vcpu, ept12("map", 0x200, 0x200, huge))
+    run(machine, vcpu, vmx("vmptrld", 1))
+    run(machine, vcpu, vmx("vmwrite_eptp", 1))
+    table = machine.exit.linear >> 12
+    for _ in range(2):
+        table = word(machine, vcpu, table, 0) >> 12
+    assert word(machine, vcpu, table, 1) == 0x200 << 12 | LEAF | 0x80
+    # A page of them: the whole entry changes.
+    run(machine, vcpu, ept12("protect", 0x2FF))
+    assert word(machine, vcpu, table, 1) == 0x200 << 12 | (LEAF & ~2) | 0x80
+    run(machine, vcpu, ept12("unmap", 0x210))
+    assert word(machine, vcpu, table, 1) == 0
+
+
+def test_l1_splits_no_entry_of_level_2(machine: Hypervisor) -> None:
+    vcpu = nested_vcpu(machine)
+    run(machine, vcpu, ept12("map", 0x200, 0x200, lib.GUEST_OP_HUGE))
+    assert run(machine, vcpu, ept12("map", 0x210, 0x30)) == lib.EXIT_TRIPLE_FAULT

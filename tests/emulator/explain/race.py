@@ -26,8 +26,8 @@ class Race:
         self.events.append(Event(next(self._time), kind, cpu, a, b, vm, more))
         return self
 
-    def enter(self, cpu: int, clock: int, vcpu: int = VCPU) -> Race:
-        return self.add("entry", cpu, vcpu, ROOT, clock)
+    def enter(self, cpu: int, clock: int, vcpu: int = VCPU, nested: int = 0) -> Race:
+        return self.add("entry", cpu, vcpu, ROOT | nested << 32, clock)
 
     def leave(self, cpu: int, clock: int, reason: str = "interrupt", vcpu: int = VCPU) -> Race:
         return self.add("exit", cpu, vcpu, EXIT_REASONS.index(reason), clock)

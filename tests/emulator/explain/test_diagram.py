@@ -221,3 +221,29 @@ def test_where_the_columns_need_more_than_there_is(width: int) -> None:
         text = diagram(explanation, width=width, times=True)
         assert "[4]" in text
         assert max(map(len, text.splitlines())) <= width + 36
+
+
+def nested_race() -> Race:
+    """L1 runs on two pCPUs, its nested guest on the first one, where it uses an entry that a zap has left."""
+    race = Race().load(0, 1 << 32).enter(0, 100).leave(0, 200).enter(0, 200, nested=2).leave(0, 300)
+    race.load(1, 0).enter(1, 300).leave(1, 350).zap(HOST).promise(HOST).free(HOST)
+    return race.load(0, 1).elided(0).enter(0, 400, nested=2)
+
+
+def test_columns_name_the_levels_that_ran_there(tmp_path: Path) -> None:
+    path = tmp_path / "nested.json"
+    path.write_text(json.dumps(nested_race().document()))
+    (case,) = load_cases(path)
+    text = diagram(explain(case))
+    header = next(line for line in text.splitlines() if line.startswith("CPU0"))
+    assert header.split("  ")[0] == "CPU0 (L1, L2)"
+    assert "to L2, guest 2" in text
+    assert "VM entry of vCPU 1 to nested guest 2, root 0x2" in [event.describe() for event in case.events]
+    (plain,) = _cases(tmp_path, flushed_mask())
+    assert explain(plain).labels() == ["CPU0", "CPU1", "host0"]
+
+
+def _cases(tmp_path: Path, race: Race) -> list[Case]:
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(race.document()))
+    return load_cases(path)
