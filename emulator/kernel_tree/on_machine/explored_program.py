@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.results.record import Recording
 from emulator.explore.results.suite import Work, stop_of
 from emulator.explore.results.verdict import Told, Verdict, explore_verdict
 from emulator.kernel_tree.build import Built
@@ -56,11 +59,26 @@ def explore_on_tree(built: Built, work: Work, jobs: int = 1, told: Told = lambda
         failure = findings_text(findings)
     except TreeDied as error:
         verdict = Verdict(work.test.name, work.policy, work.plan, work.test.expect.needs)
-        failure = str(error)
+        failure, findings = str(error), Counter()
     if verdict.counterexample is not None:
         verdict.counterexample.kernel = built.version
+        _add_findings(verdict.counterexample, findings)
     if failure and not verdict.kinds:
         verdict.verdict, verdict.failure = FAILED, failure
     verdict.policy = work.policy
     told(verdict.executions + verdict.pruned)
     return verdict
+
+
+def _add_findings(found: Recording, findings: Mapping[str, int]) -> None:
+    """Add what the tree's code has complained of to the story of a violation."""
+    if found.violation is None or not findings:
+        return
+    lines = list(findings)
+    found.violation["tree"] = [*found.violation.get("tree", ()), *lines]
+    text = [
+        found.violation["text"],
+        "  the tree's code, in all executions:",
+        *(f"    {line}" for line in lines),
+    ]
+    found.violation["text"] = "\n".join(text)

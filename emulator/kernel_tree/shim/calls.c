@@ -385,10 +385,18 @@ int tree_fast_fault(unsigned int cpu, unsigned long long root, unsigned long lon
 }
 
 /* --- zaps ------------------------------------------------------------------------------------------------------------- */
+static int call_zap_leafs(u64 start, u64 end, bool flush)
+{
+	int r = kvm_tdp_mmu_zap_leafs(vm(), start, end, flush);
+
+	shim_passed(start, end, (const void *)kvm_tdp_mmu_zap_leafs);
+	return r;
+}
+
 int tree_zap_leafs(unsigned int cpu, unsigned long long start, unsigned long long end, int flush)
 {
 	volatile int r = 0;
-	int error = OPERATION(cpu, OPERATION_OTHER, r = kvm_tdp_mmu_zap_leafs(vm(), start, end, flush));
+	int error = OPERATION(cpu, OPERATION_OTHER, r = call_zap_leafs(start, end, flush));
 
 	return error ? error : r;
 }
@@ -410,7 +418,10 @@ static int call_unmap(u64 start, u64 end, bool may_block, bool flush)
 	struct kvm_memory_slot slot = slot_of();
 	struct kvm_gfn_range range = range_of(&slot, start, end, may_block);
 
-	return kvm_tdp_mmu_unmap_gfn_range(vm(), &range, flush);
+	int r = kvm_tdp_mmu_unmap_gfn_range(vm(), &range, flush);
+
+	shim_passed(start, end, (const void *)kvm_tdp_mmu_unmap_gfn_range);
+	return r;
 }
 
 int tree_unmap(unsigned int cpu, unsigned long long start, unsigned long long end, int may_block, int flush)
@@ -481,7 +492,10 @@ static int call_wrprot_slot(int min_level)
 {
 	struct kvm_memory_slot slot = slot_of();
 
-	return kvm_tdp_mmu_wrprot_slot(vm(), &slot, min_level);
+	int r = kvm_tdp_mmu_wrprot_slot(vm(), &slot, min_level);
+
+	shim_passed(slot.base_gfn, slot.base_gfn + slot.npages, (const void *)kvm_tdp_mmu_wrprot_slot);
+	return r;
 }
 
 int tree_wrprot_slot(unsigned int cpu, int min_level)

@@ -109,7 +109,7 @@ struct workqueue_struct { struct work_struct *first; };
 #define ALIGN(x, a) (((x) + (a) - 1) & ~((__typeof__(x))(a) - 1))
 
 /* --- complaints ------------------------------------------------------------------------------------------------ */
-void shim_warn(const char *file, int line, const char *what);
+void shim_warn(const char *file, int line, const char *function, const char *what);
 void shim_bug(const char *file, int line, const char *what) __attribute__((noreturn));
 void shim_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -117,7 +117,7 @@ void shim_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 #define BUILD_BUG_ON_INVALID(x) ((void)sizeof((long)(x)))
 #define BUILD_BUG_ON_ZERO(x) 0
 #define BUILD_BUG() do { } while (0)
-#define WARN_ON(x) ({ bool shim_met = !!(x); if (shim_met) shim_warn(__FILE__, __LINE__, #x); shim_met; })
+#define WARN_ON(x) ({ bool shim_met = !!(x); if (shim_met) shim_warn(__FILE__, __LINE__, __func__, #x); shim_met; })
 #define WARN_ON_ONCE(x) WARN_ON(x)
 #define WARN(x, ...) WARN_ON(x)
 #define WARN_ONCE(x, ...) WARN_ON(x)
@@ -204,21 +204,25 @@ static inline bool refcount_inc_not_zero(refcount_t *r)
 		;
 	return refs != 0;
 }
-static inline bool refcount_dec_and_test(refcount_t *r)
+/* The place is that of the caller, which has the bug. */
+static inline bool shim_refcount_dec(refcount_t *r, const char *file, int line, const char *function)
 {
 	int refs;
 
 	shim_shared(r, true);
 	refs = __atomic_fetch_sub(&r->refs, 1, __ATOMIC_SEQ_CST);
-
-	WARN_ON(refs <= 0);
+	if (refs <= 0)
+		shim_warn(file, line, function, "refcount_t: underflow");
 	return refs == 1;
 }
-static inline void refcount_inc(refcount_t *r)
+static inline void shim_refcount_inc(refcount_t *r, const char *file, int line, const char *function)
 {
 	shim_shared(r, true);
-	WARN_ON(__atomic_fetch_add(&r->refs, 1, __ATOMIC_SEQ_CST) <= 0);
+	if (__atomic_fetch_add(&r->refs, 1, __ATOMIC_SEQ_CST) <= 0)
+		shim_warn(file, line, function, "refcount_t: addition on 0");
 }
+#define refcount_dec_and_test(r) shim_refcount_dec(r, __FILE__, __LINE__, __func__)
+#define refcount_inc(r) shim_refcount_inc(r, __FILE__, __LINE__, __func__)
 
 /* --- locks: kvm->mmu_lock, and spinlocks that nest in it ------------------------------------------------------ */
 void shim_lock(rwlock_t *lock, int how);
@@ -226,7 +230,7 @@ void shim_unlock(rwlock_t *lock, int how);
 bool shim_need_resched(void);
 bool shim_needbreak(void);
 void shim_yield(rwlock_t *lock, int how);
-void shim_assert_lock(int held, int how, const char *file, int line);
+void shim_assert_lock(int held, int how, const char *file, int line, const char *function);
 /* Return how the caller holds mmu_lock (0, 1 for read, 2 for write); return whether it holds another lock. */
 int shim_mmu_lock_held(const void *lock);
 static inline int shim_held(const void *lock) { return *(const volatile int *)lock; }
@@ -244,9 +248,9 @@ enum { SHIM_READ = 1, SHIM_WRITE = 2, SHIM_ANY = 3 };
 #define cond_resched_rwlock_read(l) shim_yield(l, SHIM_READ)
 #define cond_resched_rwlock_write(l) shim_yield(l, SHIM_WRITE)
 #define cond_resched() ((void)0)
-#define lockdep_assert_held(l) shim_assert_lock(lockdep_is_held(l), SHIM_ANY, __FILE__, __LINE__)
-#define lockdep_assert_held_read(l) shim_assert_lock(lockdep_is_held(l), SHIM_READ, __FILE__, __LINE__)
-#define lockdep_assert_held_write(l) shim_assert_lock(lockdep_is_held(l), SHIM_WRITE, __FILE__, __LINE__)
+#define lockdep_assert_held(l) shim_assert_lock(lockdep_is_held(l), SHIM_ANY, __FILE__, __LINE__, __func__)
+#define lockdep_assert_held_read(l) shim_assert_lock(lockdep_is_held(l), SHIM_READ, __FILE__, __LINE__, __func__)
+#define lockdep_assert_held_write(l) shim_assert_lock(lockdep_is_held(l), SHIM_WRITE, __FILE__, __LINE__, __func__)
 #define lockdep_assert_once(x) ((void)0)
 #define lockdep_is_held(l) _Generic(*(l), rwlock_t: shim_mmu_lock_held, default: shim_held)(l)
 #define lockdep_assert_irqs_enabled() ((void)0)

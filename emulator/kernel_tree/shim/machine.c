@@ -106,18 +106,19 @@ void shim_point(unsigned int kind, bool write)
 }
 
 /* --- complaints --------------------------------------------------------------------------------------------------- */
-void shim_finding(unsigned int kind, const char *file, int line, const char *what)
+void shim_finding(unsigned int kind, const char *file, int line, const char *function, const char *what)
 {
 	char text[512];
 	const char *name = strstr(file, "arch/x86/kvm/");
 
-	snprintf(text, sizeof(text), "%s:%d: %s", name ? name : file, line, what);
+	snprintf(text, sizeof(text), "%s:%d%s%s%s: %s", name ? name : file, line, function ? " in " : "",
+		 function ? function : "", function ? "()" : "", what);
 	shim_python(CALL_WARN, kind, 0, text);
 }
 
-void shim_warn(const char *file, int line, const char *what)
+void shim_warn(const char *file, int line, const char *function, const char *what)
 {
-	shim_finding(FINDING_WARN, file, line, what);
+	shim_finding(FINDING_WARN, file, line, function, what);
 }
 
 void shim_bug(const char *file, int line, const char *what)

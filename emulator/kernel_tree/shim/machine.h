@@ -13,7 +13,8 @@ enum { ACCESS_WRITE = 1, ACCESS_LEAF = 2 };
 enum { SPTE_BITS = 16 };
 enum { POINT_SPTE, POINT_SPTES, POINT_RCU, POINT_MMU_LOCK, POINT_CALL_RCU, POINT_FRAMES, POINT_ROOTS };
 enum { FINDING_WARN, FINDING_MISSING, FINDING_LOCKDEP, FINDING_FREED };
-enum { STEP_ZAPPED, STEP_PROTECTED, STEP_UNLINKED, STEP_FLUSHED, STEP_YIELDED, STEP_FREED };
+enum { STEP_ZAPPED, STEP_PROTECTED, STEP_UNLINKED, STEP_FLUSHED, STEP_YIELDED, STEP_FREED, STEP_MAPPED, STEP_QUEUED,
+       STEP_PASSED };
 enum { MOST_NAME = 160, MOST_STEPS = 8192, MOST_PLACES = 8 };
 enum { FAST_INVALID, FAST_SPURIOUS, FAST_FIXED, FAST_MADE_WRITABLE };
 
@@ -65,8 +66,8 @@ struct tree_cpu {
 	unsigned int table, index; /* the SPTE of CALL_STEP and CALL_MORE */
 };
 
-/* A step of the tree's code that a report may list.  gfn and pages: those that an SPTE maps; for a freed table, gfn
- * is its frame.  time: CLOCK_MONOTONIC, in ns.  places: return addresses, innermost first, as offsets in the object;
+/* A step of the tree's code that a report may list.  gfn and pages: those that an SPTE maps; for a table that
+ * is freed or queued to be freed, gfn is its frame; for an operation that has walked a range, the range.  time: CLOCK_MONOTONIC, in ns.  places: return addresses, innermost first, as offsets in the object;
  * 0 ends them. */
 struct tree_step {
 	unsigned long long time, gfn, pages;

@@ -80,7 +80,7 @@ bool glue_keep(void);
 void shim_put_objects_back(void);
 /* Tell an ordering point, if the machine has a hook for them. */
 void shim_point(unsigned int kind, bool write);
-void shim_finding(unsigned int kind, const char *file, int line, const char *what);
+void shim_finding(unsigned int kind, const char *file, int line, const char *function, const char *what);
 /* Release mmu_lock, held for reading or writing as `how` says. */
 void shim_release(unsigned int how);
 /* Return whether the address lies in the machine's frames, and the frame's number. */
@@ -94,6 +94,8 @@ extern spinlock_t shim_objects_lock;
 bool shim_is_object(const void *p);
 /* In steps.c: note a step of the tree's code. */
 void shim_step(unsigned int kind, u64 gfn, u64 npages);
+/* Note that an operation, which is this function, has walked a range of gfns to take rights away, and ends. */
+void shim_passed(u64 start, u64 end, const void *function);
 /* Make room for steps. */
 void shim_make_steps(void);
 /* The address at which the object is loaded. */

@@ -57,9 +57,10 @@ void shim_shared(const volatile void *p, bool write)
 }
 
 /* --- complaints ------------------------------------------------------------------------------------------------ */
-void shim_warn(const char *file, int line, const char *what)
+void shim_warn(const char *file, int line, const char *function, const char *what)
 {
 	(void)file;
+	(void)function;
 	shim_event(EVENT_WARN, (u64)line, 0, what, 0);
 }
 
@@ -256,10 +257,10 @@ void shim_spin_unlock(spinlock_t *lock)
 	lock->held = 0;
 }
 
-void shim_assert_lock(int held, int how, const char *file, int line)
+void shim_assert_lock(int held, int how, const char *file, int line, const char *function)
 {
 	if (!(held & how) && !(how == SHIM_READ && held == SHIM_WRITE))
-		shim_warn(file, line, "lockdep: the lock is not held");
+		shim_warn(file, line, function, "lockdep: the lock is not held");
 }
 
 /* Return the point that the walk has reached, if it has. */
@@ -310,7 +311,7 @@ void shim_yield(rwlock_t *lock, int how)
 	struct shim_point *point = point_reached();
 
 	if (shim.rcu_depth)
-		shim_warn(__FILE__, __LINE__, "mmu_lock is dropped for another thread inside RCU");
+		shim_warn(__FILE__, __LINE__, __func__, "mmu_lock is dropped for another thread inside RCU");
 	shim_event(EVENT_YIELD, point ? point->gfn : 0, 0, NULL, 1);
 	shim_unlock(lock, how);
 	if (point) {

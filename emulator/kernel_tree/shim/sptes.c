@@ -2,6 +2,9 @@
 #include "linux.h"
 #include "machine_internal.h"
 
+/* Bits of an SPTE that tell its page. */
+#define PFN_MASK ((1ULL << (PAGE_SHIFT + HFN_BITS)) - PAGE_SIZE)
+
 enum where { ELSEWHERE, IN_TABLE, IN_FREED_TABLE };
 
 static enum where spte_at(const volatile void *p, unsigned int *hfn)
@@ -65,7 +68,7 @@ void shim_reads(const volatile void *p)
 	if (spte_at(p, &hfn) != IN_TABLE)
 		return;
 	if (!here->api.rcu_depth && here->api.lock != SHIM_WRITE)
-		shim_finding(FINDING_LOCKDEP, "tdp_mmu.c", 0, "an SPTE is read outside of RCU and of mmu_lock for write");
+		shim_finding(FINDING_LOCKDEP, "tdp_mmu.c", 0, NULL, "an SPTE is read outside of RCU and of mmu_lock for write");
 	here->flushed_last = false;
 	here->last_value = *(const volatile u64 *)p;
 	before = here->looked;
@@ -107,12 +110,14 @@ static u64 with_custody(u64 old, u64 value)
 	return value;
 }
 
-/* Note as a step the right that a change of an SPTE takes away. */
+/* Note as a step the right that a change of an SPTE takes away, or grants. */
 static void note(u64 old, u64 value)
 {
 	u64 npages = 1ULL << 9 * (here->at.level - 1);
 	bool link = is_link(old, here->at.level);
 
+	if (spte_is_leaf(value, here->at.level) && (!(old & RWX) || (old ^ value) & PFN_MASK))
+		shim_step(STEP_MAPPED, here->at.gfn, npages);
 	if (!(old & RWX))
 		return;
 	if (!(value & RWX))

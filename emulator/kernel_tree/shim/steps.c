@@ -25,13 +25,13 @@ static void places_of(struct tree_step *step)
 	}
 }
 
-void shim_step(unsigned int kind, u64 gfn, u64 npages)
+static struct tree_step *noted(unsigned int kind, u64 gfn, u64 npages)
 {
 	struct tree_step *step;
 	struct timespec now;
 
 	if (!steps)
-		return;
+		return NULL;
 	step = &steps[__atomic_fetch_add(&next_step, 1, __ATOMIC_RELAXED) % MOST_STEPS];
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	memset(step, 0, sizeof(*step));
@@ -41,7 +41,24 @@ void shim_step(unsigned int kind, u64 gfn, u64 npages)
 	step->cpu = here->api.id;
 	step->vm = here->api.vm;
 	step->kind = kind;
-	places_of(step);
+	return step;
+}
+
+void shim_step(unsigned int kind, u64 gfn, u64 npages)
+{
+	struct tree_step *step = noted(kind, gfn, npages);
+
+	if (step)
+		places_of(step);
+}
+
+void shim_passed(u64 start, u64 end, const void *function)
+{
+	struct tree_step *step = noted(STEP_PASSED, start, end - start);
+
+	/* A return address is one behind the instruction that is meant. */
+	if (step)
+		step->places[0] = (long)((unsigned long)function + 1 - shim_base);
 }
 
 void shim_make_steps(void)

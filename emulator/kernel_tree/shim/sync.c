@@ -68,10 +68,10 @@ int shim_mmu_lock_held(const void *lock)
 	return (int)here->api.lock;
 }
 
-void shim_assert_lock(int held, int how, const char *file, int line)
+void shim_assert_lock(int held, int how, const char *file, int line, const char *function)
 {
 	if (!(held & how) && !(how == SHIM_READ && held == SHIM_WRITE))
-		shim_finding(FINDING_LOCKDEP, file, line, "lockdep: the lock is not held");
+		shim_finding(FINDING_LOCKDEP, file, line, function, "lockdep: the lock is not held");
 }
 
 bool shim_need_resched(void)
@@ -92,7 +92,7 @@ void shim_yield(rwlock_t *lock, int how)
 	bool was_valid = sp && !glue_root_invalid(sp);
 
 	if (here->api.rcu_depth)
-		shim_finding(FINDING_LOCKDEP, "tdp_mmu.c", 0, "mmu_lock is dropped for another thread inside RCU");
+		shim_finding(FINDING_LOCKDEP, "tdp_mmu.c", 0, NULL, "mmu_lock is dropped for another thread inside RCU");
 	shim_step(STEP_YIELDED, here->at.gfn, 1);
 	shim_unlock(lock, how);
 	if (scheduled)
@@ -151,6 +151,7 @@ void shim_call_rcu(struct rcu_head *head, void (*func)(struct rcu_head *head))
 
 	shim_point(POINT_CALL_RCU, true);
 	head->func = func;
+	shim_step(STEP_QUEUED, glue_table_of(head), 1);
 	if (shim_explored())
 		r = shim_python(CALL_RCU_LATER, (u64)(unsigned long)head, glue_table_of(head), NULL);
 	else
