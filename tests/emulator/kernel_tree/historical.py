@@ -22,22 +22,30 @@ class Historical:
     """A bug, the litmus test that finds it, and the violations of which it has to show one.
 
     kinds: none if the tree's code crashes or warns.  function: one that the story names, with its line; "" if
-    the bug bypasses the shim, so that there is no story.
+    the bug bypasses the shim, so that there is no story.  executions: the most that the search makes.
     """
 
     bug: Bug
     test: str
     kinds: frozenset[str]
     function: str
+    executions: int = 2000
 
 
 def _one(
-    name: str, function: str, pattern: str, replacement: str, test: str, kinds: str, story: str
+    name: str,
+    function: str,
+    pattern: str,
+    replacement: str,
+    test: str,
+    kinds: str,
+    story: str,
+    executions: int = 2000,
 ) -> Historical:
     file = "tdp_iter.c" if function.startswith("tdp_iter") else "tdp_mmu.c"
     bug = Bug(name, function, pattern, replacement, file)
     own = LITMUS / f"{test}.toml"
-    return Historical(bug, str(own) if own.is_file() else test, frozenset(kinds.split()), story)
+    return Historical(bug, str(own) if own.is_file() else test, frozenset(kinds.split()), story, executions)
 
 
 _CMPXCHG: Final = r"!try_cmpxchg64\(([^,]*), &iter->old_spte, new_spte\)"
@@ -91,7 +99,7 @@ HISTORICAL: Final = (
     _one(
         "recovery of huge pages goes on after a yield (33a3164161fc)", "zap_collapsible_spte_range",
         r"true\)\)\s*continue;", "true)) barrier();",
-        "recover-yields", "", "__tdp_mmu_set_spte_atomic",
+        "recover-yields", "", "__tdp_mmu_set_spte_atomic", 300,
     ),
     _one(
         "recovery of huge pages does not flush (048f49809c52)", "tdp_mmu_zap_spte_atomic",

@@ -48,8 +48,7 @@ def test_a_patch_is_refuted(
     top = copied(tree, tmp_path / "linux")
     applied = ["patch", "-p1", "--silent", "--directory", str(top)]
     subprocess.run(applied, input=patch_of(one, tree), text=True, check=True, timeout=60)
-    # A WARN lets the search go on, and would be reported at its end.
-    bound = ["--executions", "2000" if one.kinds else "300"]
+    bound = ["--executions", str(one.executions)]
     assert main(["explore", one.test, "--kernel", str(top), "--jobs", "1", "--json", *bound]) == 1
     (found,) = json.loads(capsys.readouterr().out)["explored"]
     if one.kinds:
