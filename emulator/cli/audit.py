@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from emulator import interrupts
+from emulator.cli.kernel import OnTree, heading
 from emulator.explore.audit.run import AuditResult, by_sentence, run_audit
 from emulator.explore.machine.options import ExploreOptions
 from emulator.litmus.model import INCONCLUSIVE, LitmusTest
@@ -18,6 +19,7 @@ _TITLES = {
     "unannounced": "native calls without a named point before them",
     "undescribed": "native functions without a described footprint",
     "shared": "Python state that two tasks touch in either order, without a step that says so",
+    "plain": "plain accesses of the tree's code that no step covers",
     "ordered": "steps that should commute, and do not",
     "apart": "ways to one state, as --stateful tells states, that go on differently",
     "failed": "executions that cannot go on, as the test and the policy are",
@@ -33,6 +35,7 @@ def audit(
     seed: int,
     options: ExploreOptions,
     as_json: bool,
+    tree: OnTree | None = None,
 ) -> int:
     """Audit each test under each policy; return the exit status, 1 if there is a finding."""
     found: list[AuditResult] = []
@@ -41,12 +44,18 @@ def audit(
     for test, name in pairs:
         if interrupts.came():
             break
-        found.append(run_audit(test, named_policy(name), executions, seed, options))
+        if tree is None:
+            found.append(run_audit(test, named_policy(name), executions, seed, options))
+        else:
+            found.append(tree.audit(test, name, executions, seed))
     status = 0 if all(one.clean for one in found) else FOUND
     with saying(status):
         if as_json:
-            print(json.dumps({"format": 1, "audited": [one.document() for one in found]}, indent=1))
+            kernel = {} if tree is None else {"kernel": tree.document()}
+            print(json.dumps({"format": 1, **kernel, "audited": [one.document() for one in found]}, indent=1))
         else:
+            if tree is not None:
+                print(heading(tree.object, ()))
             _print(found)
     return interrupts.ended(status, len(pairs) - len(found), len(pairs))
 

@@ -37,7 +37,7 @@ FOUND = 1
 # Least columns of a terminal for a verdict beside the names of its test and policy.
 _READABLE = 50
 # Options in which a tree's code has no part: no store of it is held back, and a recording names no tree.
-_WITHOUT_TREE = {"store_buffers", "stateful", "replay", "trace", "audit"}
+_WITHOUT_TREE = {"store_buffers", "stateful", "replay", "trace"}
 # Options about a list of verdicts.
 _CASES = ("as_ktap", "junit")
 
@@ -242,14 +242,14 @@ def explore(
         raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
     tests = load_tests(files or [])
     chosen = list(dict.fromkeys(map(canonical, policy or [])))
-    on_tree = None if kernel is None else OnTree.built(kernel, tests, chosen, named=bool(files))
+    on_tree = None if kernel is None else OnTree.built(kernel, tests, chosen, named=bool(files), logged=audit)
     tests, names = (tests, chosen or [DEFAULT]) if on_tree is None else (on_tree.tests, on_tree.policies)
     pairs = pairs_of(tests, names, named=bool(files))
     options = ExploreOptions.given(adversary or [], adversary_budget, store_buffers)
     if audit:
         source = context.get_parameter_source("executions")
         given = executions if source is not None and source.name != "DEFAULT" else None
-        raise typer.Exit(_audit(tests, names, given, seed, options, as_json))
+        raise typer.Exit(_audit(tests, names, given, seed, options, as_json, on_tree))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options, stateful=stateful)
     work = [Work(test, name, plan, seconds) for test, name in pairs]
     if trace:
@@ -409,11 +409,12 @@ def _audit(
     seed: int,
     options: ExploreOptions,
     as_json: bool,
+    tree: OnTree | None,
 ) -> int:
     from emulator.cli.audit import audit
     from emulator.explore.audit.run import EXECUTIONS
 
-    return audit(tests, policies, executions or EXECUTIONS, seed, options, as_json)
+    return audit(tests, policies, executions or EXECUTIONS, seed, options, as_json, tree)
 
 
 class Lines:

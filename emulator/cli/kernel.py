@@ -16,6 +16,7 @@ from emulator.output import saying
 
 if TYPE_CHECKING:
     from emulator.cli.run import Request
+    from emulator.explore.audit.run import AuditResult
     from emulator.kernel_tree.build import Built
     from emulator.kernel_tree.on_machine.core import Tree
     from emulator.litmus.model import LitmusTest
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 FOUND: Final = 1
 
 
-def built_tree(top: Path) -> Built:
-    """Return the tree's object for the machine; print the compiler's messages if it does not build."""
+def built_tree(top: Path, *, logged: bool = False) -> Built:
+    """Return the tree's object for the machine; print the compiler's messages if it does not build.
+
+    logged: the object logs its accesses to memory.
+    """
     from emulator.kernel_tree.build import DoesNotBuild, Use, build
 
     try:
-        return build(top, Use.MACHINE)
+        return build(top, Use.LOGGED if logged else Use.MACHINE)
     except DoesNotBuild as error:
         for line in error.details[:-1]:
             print(line, file=sys.stderr)
@@ -123,7 +127,15 @@ class OnTree:
     policies: list[str]
 
     @classmethod
-    def built(cls, top: Path, tests: Sequence[LitmusTest], policies: list[str], *, named: bool) -> OnTree:
+    def built(
+        cls,
+        top: Path,
+        tests: Sequence[LitmusTest],
+        policies: list[str],
+        *,
+        named: bool,
+        logged: bool = False,
+    ) -> OnTree:
         """Build the tree.  Raises BadInput for tests that do not fit it, and policies that decide for it."""
         from emulator.kernel_tree.execute import policy_for
         from emulator.kernel_tree.on_machine.points import check_policy_for_tree
@@ -133,7 +145,7 @@ class OnTree:
         fitting = fitting_tests(tests, named=named)
         for name in policies:
             check_policy_for_tree(named_policy(name))
-        built = built_tree(top)
+        built = built_tree(top, logged=logged)
         return cls(built, fitting, policies or [policy_for(built.version)])
 
     def work(self) -> Callable[..., Any]:
@@ -147,6 +159,11 @@ class OnTree:
         from emulator.kernel_tree.on_machine.explored_program import explore_on_tree
 
         return partial(explore_on_tree, self.object)
+
+    def audit(self, test: LitmusTest, policy: str, executions: int, seed: int) -> AuditResult:
+        from emulator.kernel_tree.on_machine.audit import audit_on_tree
+
+        return audit_on_tree(self.object, test, policy, executions, seed)
 
     def document(self) -> dict[str, str]:
         return {"tree": str(self.object.top), "version": self.object.version, "sources": self.object.sources}

@@ -33,24 +33,34 @@ _UNDEFINED: Final = re.compile(r"undefined reference to [`'](\w+)'")
 
 
 class Use(StrEnum):
-    """Name the use of the object: compare it with the model on one thread, or run it on the machine."""
+    """Name the use of the object: compare it with the model on one thread, run it on the machine, or run it
+    there and log its accesses to memory."""
 
     COMPARED = "compared"
     MACHINE = "machine"
+    LOGGED = "logged"
 
 
 # The files of the shim.  The first is compiled in one unit with the tree's files, behind them; the others are
 # compiled on their own; then come the headers.
-_BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c"}
-_MACHINE = ("machine", "objects", "sptes", "sync", "kvm", "steps", "explored", "keep", "crash")
+_BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c", Use.LOGGED: "calls.c"}
+_MACHINE = ("machine", "objects", "sptes", "sync", "kvm", "steps", "explored", "keep", "plain", "crash")
 _ALONE: Final = {
     Use.COMPARED: ("shim.c",),
     Use.MACHINE: tuple(f"{name}.c" for name in _MACHINE),
+    Use.LOGGED: tuple(f"{name}.c" for name in _MACHINE),
 }
 _SHIM: Final = {
     Use.COMPARED: ("linux.h", "api.h", "shim.h"),
     Use.MACHINE: ("linux.h", "machine.h", "machine_internal.h"),
+    Use.LOGGED: ("linux.h", "machine.h", "machine_internal.h"),
 }
+# The compiler's calls go to shim/plain.c, and no sanitizer is linked.
+_LOGGING: Final = (
+    "-fsanitize=thread",
+    "--param=tsan-distinguish-volatile=1",
+    "--param=tsan-instrument-func-entry-exit=0",
+)
 _MOST_ERRORS: Final = 8
 
 
@@ -174,7 +184,8 @@ class _Build:
             harvest.until_complete(lambda text: self._check(text))
         except Incomplete as error:
             raise DoesNotBuild(self.top, self._failure(error.said, error.missing)) from None
-        objects = [self._object("unit.c", self._options())]
+        logging = _LOGGING if self.use is Use.LOGGED else ()
+        objects = [self._object("unit.c", [*self._options(), *logging])]
         objects += [self._object(name, ["-I", str(self.work)]) for name in _ALONE[self.use]]
         stubs = self._link(objects, harvest)
         text = harvest.text()

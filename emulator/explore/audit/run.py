@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from emulator.explore.audit.continuations import StateCheck, Ways
 from emulator.explore.audit.independence import IndependenceCheck
 from emulator.explore.audit.residue import ResidueProgram
+from emulator.explore.machine.control import Control
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown
@@ -24,7 +25,7 @@ from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, LitmusTest
 from emulator.policy import Policy
 
-KINDS = ("unannounced", "undescribed", "shared", "ordered", "apart", "failed")
+KINDS = ("unannounced", "undescribed", "shared", "plain", "ordered", "apart", "failed")
 FINDINGS = "findings"
 CLEAN = "clean"
 # Random executions of a test that are audited.
@@ -42,6 +43,7 @@ class AuditResult:
     executions: random ones for the accesses, and as many again for the swaps.
     unannounced: native calls that no named point announces.  undescribed: native functions without a
     footprint.  shared: accesses of two tasks to a Python object, neither of which happens before the other.
+    plain: likewise, plain accesses of a kernel tree's code to memory.
     swaps: pairs of adjacent steps that were swapped, as their footprints do not conflict.  ordered: the pairs
     of which the swap made a difference.  ways: pairs of ways to one state, as a stateful search tells states,
     each continued with the same tasks; apart: their differences.  stateless: the reason why states cannot be
@@ -54,6 +56,7 @@ class AuditResult:
     unannounced: Counter[str] = field(default_factory=Counter)
     undescribed: Counter[str] = field(default_factory=Counter)
     shared: Counter[str] = field(default_factory=Counter)
+    plain: Counter[str] = field(default_factory=Counter)
     ordered: Counter[str] = field(default_factory=Counter)
     apart: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
@@ -83,6 +86,7 @@ class AuditResult:
             "unannounced": dict(sorted(self.unannounced.items())),
             "undescribed": dict(sorted(self.undescribed.items())),
             "shared": dict(sorted(self.shared.items())),
+            "plain": dict(sorted(self.plain.items())),
             "swaps": self.swaps,
             "ordered": dict(sorted(self.ordered.items())),
             "ways": self.ways,
@@ -92,20 +96,33 @@ class AuditResult:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The classes that an audit is made of.  stateless: why states cannot be compared; "" if they can."""
+
+    program: type[ResidueProgram] = ResidueProgram
+    races: Callable[[Control], Races] = Races
+    stateless: str = ""
+
+
+MODEL = Parts()
+
+
 def run_audit(
     test: LitmusTest,
     policy: Policy,
     executions: int = EXECUTIONS,
     seed: int = 0,
     options: ExploreOptions = NONE,
+    parts: Parts = MODEL,
 ) -> AuditResult:
     """Audit one test under one policy.  The result depends on the arguments only."""
     with policy.confined():
         known, found = NOTHING, None
         while found is None:
-            program = ResidueProgram(test, policy, options, known=known)
+            program = parts.program(test, policy, options, known=known)
             try:
-                found = _audit(program, executions, seed)
+                found = _audit(program, executions, seed, parts)
             except Grown:
                 assert program.reads is not None
                 known = program.reads.next()
@@ -114,13 +131,13 @@ def run_audit(
     return found
 
 
-def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
+def _audit(program: ResidueProgram, executions: int, seed: int, parts: Parts) -> AuditResult:
     walks, own = RandomWalk(executions, seed), program.control.races
-    races = own or Races(program.control)
+    races = own or parts.races(program.control)
     audit = program.control.audit = Audit()
     check = IndependenceCheck(program, program.objects, seed)
     states = StateCheck(program, Ways(program.objects, MachineStates(program)), seed)
-    why = stateless(program)
+    why = parts.stateless or stateless(program)
     failed: Counter[str] = Counter()
     try:
         with instrument(program.control):
@@ -146,6 +163,7 @@ def _audit(program: ResidueProgram, executions: int, seed: int) -> AuditResult:
         audit.unannounced,
         Counter(dict.fromkeys(audit.unknown, 1)),
         races.findings,
+        Counter(),
         check.findings,
         states.findings,
         failed,

@@ -11,11 +11,14 @@ from emulator.kernel_tree.build import MMU, Built
 _SECONDS: Final = 60
 
 
-def kernel_places(built: Built, returns: Sequence[int], *, exact: int = 0) -> list[tuple[str, str]]:
+def kernel_places(
+    built: Built, returns: Sequence[int], *, exact: int = 0, innermost: bool = False
+) -> list[tuple[str, str]]:
     """Return the kernel's functions with their lines, innermost first; inlined functions are among them.
 
     returns: return addresses, as offsets in the object.  The first `exact` of them are addresses of the
-    instructions themselves.  Needs addr2line, which comes with the linker; without it the list is empty.
+    instructions themselves.  innermost: return nothing for a place in a function that is not the tree's,
+    inlined or not.  Needs addr2line, which comes with the linker; without it the list is empty.
     """
     wanted = [f"{offset - (at >= exact):#x}" for at, offset in enumerate(returns) if 0 < offset < 1 << 32]
     if not wanted:
@@ -26,11 +29,10 @@ def kernel_places(built: Built, returns: Sequence[int], *, exact: int = 0) -> li
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = done.stdout.splitlines()
-    found = [
-        (name, short_place(place.split(" ")[0]))
-        for name, place in zip(lines[::2], lines[1::2], strict=False)
-        if f"{MMU}/" in place
-    ]
+    every = list(zip(lines[::2], lines[1::2], strict=False))
+    if innermost and f"{MMU}/" not in every[0][1]:
+        return []
+    found = [(name, short_place(place.split(" ")[0])) for name, place in every if f"{MMU}/" in place]
     return list(dict.fromkeys(found))
 
 

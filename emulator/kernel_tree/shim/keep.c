@@ -34,6 +34,14 @@ bool shim_keep(void *memory, size_t bytes)
 	return true;
 }
 
+bool shim_is_kept(const void *p)
+{
+	for (unsigned int i = 0; i < n_pieces; i++)
+		if ((unsigned long)p - (unsigned long)pieces[i].memory < pieces[i].bytes)
+			return true;
+	return false;
+}
+
 static bool is_ours(const struct dl_phdr_info *object)
 {
 	unsigned long at = (unsigned long)pieces - object->dlpi_addr;

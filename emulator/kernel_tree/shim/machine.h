@@ -75,9 +75,20 @@ struct tree_step {
 	long places[MOST_PLACES];
 };
 
+/* An access to memory that CPUs share, of a tree that was compiled to log them.  marked: by READ_ONCE() or WRITE_ONCE(),
+ * or atomic.  returns: the return address of the call that logs it, as an offset in the object. */
+struct tree_access {
+	unsigned long long address;
+	unsigned int bytes;
+	int write, marked;
+	long returns;
+};
+
 /* Keep the state of all that the tree's code can change, and put it back.  No operation may be running. */
 int tree_keep(void);
 void tree_put_back(void);
+/* Return the accesses since the last call, and their number. */
+unsigned int tree_accesses(const struct tree_access **accesses);
 /* Connect the object with a machine. */
 int tree_attach(const struct tree_core *core, int report_fd);
 struct tree_cpu *tree_cpu(unsigned int cpu);

@@ -76,6 +76,10 @@ bool shim_keep(void *memory, size_t bytes);
 bool shim_keep_memory(void);
 bool shim_keep_objects(void);
 bool glue_keep(void);
+/* Return whether this memory has been kept. */
+bool shim_is_kept(const void *p);
+/* In plain.c: log an access of the tree's code, if it was compiled to log them; from: its return address. */
+void shim_log(const volatile void *p, unsigned int bytes, bool write, bool marked, const void *from);
 /* In objects.c: make the objects that were kept accessible, before their contents are put back, and no others. */
 void shim_put_objects_back(void);
 /* Tell an ordering point, if the machine has a hook for them. */

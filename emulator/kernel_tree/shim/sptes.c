@@ -134,7 +134,7 @@ enum { STEP_CMPXCHG, STEP_XCHG, STEP_STORE, STEP_FETCH_AND };
 
 /* Change an SPTE; return false if p is none.  In a freed table change nothing, and set *old to a value that no caller
  * expects. */
-static bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
+static noinline bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
 {
 	enum where where;
 	unsigned int hfn;
@@ -146,6 +146,8 @@ static bool change(volatile void *p, unsigned int step, u64 *old, u64 value)
 		*old = ~*old & ~(u64)RWX;
 	if (where != IN_TABLE)
 		return where == IN_FREED_TABLE;
+	/* The caller of the primitive that calls this function: both have frame pointers. */
+	shim_log(p, sizeof(u64), true, true, __builtin_return_address(1));
 	shim_point(POINT_SPTE, true);
 	if (step != STEP_FETCH_AND)
 		value = with_custody(step == STEP_CMPXCHG ? *old : *(volatile u64 *)p, value);

@@ -60,6 +60,12 @@ MISDEEDS = (
     Bug("warns", "handle_removed_pt", _WALK, "WARN_ON_ONCE(level < 3);"),
 )
 
+# An access that no step of explored code covers: vCPUs that fault at once count in one variable.
+PLAIN = Bug(
+    "counts faults without an atomic", "kvm_tdp_mmu_map",
+    r"int ret = RET_PF_RETRY;", "int ret = RET_PF_RETRY; static unsigned long faults; faults++;",
+)  # fmt: skip
+
 
 def copied(top: Path, to: Path) -> Path:
     """Copy the parts of a tree that are read; links stand for directories that nothing changes."""

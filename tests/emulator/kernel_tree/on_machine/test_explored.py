@@ -37,7 +37,7 @@ def explored(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return status, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("option", ["--stateful", "--store-buffers", "--audit", "--trace"])
+@pytest.mark.parametrize("option", ["--stateful", "--store-buffers", "--trace"])
 def test_options_without_a_tree_s_part_are_refused(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ SHORTER = (
     ("--duration 5m", "--duration 2s"),
     ("compare --kernel", "compare --duration 2s --kernel"),
     ("--run", "--run --operations 300"),
+    ("--audit", "--audit --executions 2"),
 )
 
 
@@ -55,9 +56,9 @@ def executed(command: str, top: Path, cache: Path) -> subprocess.CompletedProces
 
 def test_the_commands_do_what_the_page_says(copy: Path, tmp_path: Path) -> None:
     found = commands()
-    assert len(found) == 7
+    assert len(found) == 8
     for command in found:
-        if "remote-two-vcpus" in command:
+        if "litmus remote-two-vcpus" in command:
             continue
         for long, short in SHORTER:
             command = command.replace(long, short)
@@ -66,7 +67,7 @@ def test_the_commands_do_what_the_page_says(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_first_bug_is_reported_as_the_page_shows(copy: Path, tmp_path: Path) -> None:
-    (command,) = (one for one in commands() if "remote-two-vcpus" in one)
+    (command,) = (one for one in commands() if "litmus remote-two-vcpus" in one)
     removed = re.findall(r"^    -( .*)$", page("kernel"), re.MULTILINE)
     file = copy / MMU / "tdp_mmu.c"
     whole = file.read_text()
