@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from emulator import audit
+from emulator.audit.tdp import TdpAudit
 from emulator.explore.results import record
 from emulator.job import job
 from emulator.kernel_tree.on_machine import tdp_mmu
 from emulator.kernel_tree.on_machine.core import Tree
 from emulator.kernel_tree.on_machine.story import Storyteller, telling_collector
+from emulator.kernel_tree.on_machine.tables import TreeTablesAudit
 from emulator.kernel_tree.replace import replace_function
 from emulator.kvm.mmu import page_fault, tdp_dirty, tdp_map, tdp_roots
 from emulator.kvm.mmu import tdp_mmu as model
@@ -47,6 +50,7 @@ def install(path: Path, report_fd: int = -1) -> Tree:
     for function in REPLACED:
         replace_function(function, getattr(tdp_mmu, function.__name__))
     setattr(vm, Kvm.__name__, tdp_mmu.TreeKvm)
+    setattr(audit, TdpAudit.__name__, TreeTablesAudit)
     return tree
 
 
