@@ -37,7 +37,7 @@ FOUND = 1
 # Least columns of a terminal for a verdict beside the names of its test and policy.
 _READABLE = 50
 # Options in which a tree's code has no part: no store of it is held back, and a recording names no tree.
-_WITHOUT_TREE = {"store_buffers", "stateful", "replay", "trace"}
+_WITHOUT_TREE = {"store_buffers", "stateful", "replay"}
 # Options about a list of verdicts.
 _CASES = ("as_ktap", "junit")
 
@@ -255,7 +255,8 @@ def explore(
     if trace:
         from emulator.cli.explore_trace import trace as draw
 
-        status = draw(tests, names, work[0], number, reach, steps=steps, output=output, as_json=as_json)
+        how = {"steps": steps, "as_json": as_json}
+        status = draw(tests, names, work[0], number, reach, output=output, tree=on_tree, **how)
         raise typer.Exit(status)
     if output is not None:
         make_directory("--output", output)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from emulator import interrupts
+from emulator.cli.kernel import OnTree, heading
 from emulator.errors import BadInput
 from emulator.explain.diagram import COURSE_WIDTH, diagram
 from emulator.explain.document import course_case
@@ -25,6 +26,7 @@ from emulator.explore.results.state import state_before
 from emulator.explore.results.suite import Work, stop_of
 from emulator.explore.results.trace import Goal, goal_of, numbered, traced
 from emulator.explore.results.verdict import INTERRUPTED, Verdict
+from emulator.kernel_tree.on_machine.child import TreeDied
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
@@ -49,6 +51,7 @@ def trace(
     steps: bool,
     output: Path | None,
     as_json: bool,
+    tree: OnTree | None = None,
 ) -> int:
     """Draw the execution of the search that is asked for; return the exit status.
 
@@ -65,7 +68,15 @@ def trace(
     if output is not None:
         make_directory("--output", output)
     interrupts.only_note()
-    found = traced(test, named_policy(policies[0]), plan, goal, stop_of(work))
+    try:
+        if tree is None:
+            found = traced(test, named_policy(policies[0]), plan, goal, stop_of(work))
+        else:
+            found = tree.trace(work, goal)
+    except TreeDied as error:
+        with saying(FOUND):
+            print(json.dumps({"kernel": {"failure": error.lines}}) if as_json else error)
+        return FOUND
     if isinstance(found, Verdict):
         return _unreached(found, goal, number, test, policies[0], as_json)
     recording = found.recording
@@ -77,6 +88,8 @@ def trace(
         if as_json:
             print(json.dumps({"execution": found.number, **recording.document()}, indent=1))
         else:
+            if tree is not None:
+                print(heading(tree.object, ()))
             head = f"execution {found.number} of the search{why}"
             print("\n".join(textwrap.wrap(head, COURSE_WIDTH, subsequent_indent="    ")))
             _print(recording.document(), steps)

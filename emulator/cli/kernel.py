@@ -17,6 +17,9 @@ from emulator.output import saying
 if TYPE_CHECKING:
     from emulator.cli.run import Request
     from emulator.explore.audit.run import AuditResult
+    from emulator.explore.results.suite import Work
+    from emulator.explore.results.trace import Goal, Trace
+    from emulator.explore.results.verdict import Verdict
     from emulator.kernel_tree.build import Built
     from emulator.kernel_tree.on_machine.core import Tree
     from emulator.litmus.model import LitmusTest
@@ -164,6 +167,15 @@ class OnTree:
         from emulator.kernel_tree.on_machine.audit import audit_on_tree
 
         return audit_on_tree(self.object, test, policy, executions, seed)
+
+    def trace(self, work: Work, goal: Goal) -> Trace | Verdict:
+        """Return the execution of the search that reaches the goal, or the verdict of a search without it.
+
+        Raises TreeDied if the tree's code ends the process.
+        """
+        from emulator.kernel_tree.on_machine.explored_program import trace_on_tree
+
+        return trace_on_tree(self.object, work, goal)
 
     def document(self) -> dict[str, str]:
         return {"tree": str(self.object.top), "version": self.object.version, "sources": self.object.sources}

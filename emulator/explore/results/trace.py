@@ -134,16 +134,22 @@ class _Sought(LitmusProgram):
 
 
 def traced(
-    test: LitmusTest, policy: Policy, plan: Plan, goal: Goal, stop: Stop = lambda: False
+    test: LitmusTest,
+    policy: Policy,
+    plan: Plan,
+    goal: Goal,
+    stop: Stop = lambda: False,
+    kind: type[LitmusProgram] = LitmusProgram,
 ) -> Trace | Verdict:
     """Return the first execution of the search that reaches the goal, or the verdict of a search in which
-    none does."""
+    none does.  kind: the class of programs that are searched."""
+    sought = type(kind.__name__, (_Sought, kind), {})
     try:
-        return explore_verdict(test, policy, plan, stop, build=partial(_Sought, goal))
+        return explore_verdict(test, policy, plan, stop, build=partial(sought, goal))
     except _Reached as found:
         reached = found
     with policy.confined():
-        program = LitmusProgram(test, policy, plan.options, known=reached.known, frozen=True)
+        program = kind(test, policy, plan.options, known=reached.known, frozen=True)
         try:
             with instrument(program.control):
                 return Trace(reached.number, record(program, reached.schedule, trace=True))

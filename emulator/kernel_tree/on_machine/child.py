@@ -147,22 +147,23 @@ def _child(built: Built, function: Callable[[Tree], T], pipes: _Pipes, parent: i
 
 def _watch(tree: Tree) -> None:
     """Watch for an operation that does not end; its thread then reports its stack, and ends the process."""
+    # By CPU: explored CPUs share a thread.
     begun: dict[int, tuple[float, float]] = {}
     while True:
         time.sleep(_TICK)
         now = time.monotonic()
-        for thread in tree.threads:
+        for number, thread in enumerate(tree.threads):
             since, ident = thread.since, thread.ident
             if not since or not thread.state.inside:
-                begun.pop(ident, None)
+                begun.pop(number, None)
                 continue
             try:
                 used = time.clock_gettime(time.pthread_getcpuclockid(ident))
             except OSError:
                 continue  # the thread has ended meanwhile
-            first = begun.get(ident)
+            first = begun.get(number)
             if first is None or first[0] != since:
-                begun[ident] = (since, used)
+                begun[number] = (since, used)
             elif now - since > ENDLESS_SECONDS and used - first[1] > _ENDLESS_CPU:
                 signal.pthread_kill(ident, signal.SIGUSR2)
 

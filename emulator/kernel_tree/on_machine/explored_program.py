@@ -10,6 +10,7 @@ from typing import Any
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import Recording
 from emulator.explore.results.suite import Work, stop_of
+from emulator.explore.results.trace import Goal, Trace, traced
 from emulator.explore.results.verdict import Told, Verdict, explore_verdict
 from emulator.kernel_tree.build import Built
 from emulator.kernel_tree.on_machine.child import TreeDied, in_child
@@ -68,6 +69,22 @@ def explore_on_tree(built: Built, work: Work, jobs: int = 1, told: Told = lambda
     verdict.policy = work.policy
     told(verdict.executions + verdict.pruned)
     return verdict
+
+
+def trace_on_tree(built: Built, work: Work, goal: Goal) -> Trace | Verdict:
+    """Return the execution of the search that reaches the goal, or the verdict of a search in which none does
+    (emulator.explore.results.trace.traced).
+
+    Raises TreeDied if the tree's code ends the process.
+    """
+
+    def found(tree: Tree) -> Trace | Verdict:
+        return traced(work.test, named_policy(work.policy), work.plan, goal, stop_of(work), TreeProgram)
+
+    trace = in_child(built, found)
+    if isinstance(trace, Trace):
+        trace.recording.kernel = built.version
+    return trace
 
 
 def _add_findings(found: Recording, findings: Mapping[str, int]) -> None:

@@ -37,7 +37,7 @@ def explored(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return status, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("option", ["--stateful", "--store-buffers", "--trace"])
+@pytest.mark.parametrize("option", ["--stateful", "--store-buffers"])
 def test_options_without_a_tree_s_part_are_refused(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +113,7 @@ def test_a_bug_is_found(tree: Path, copy: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.stress
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["crashes", "uses what it has freed", "warns"])
+@pytest.mark.parametrize("name", ["crashes", "uses what it has freed", "frees twice", "never ends", "warns"])
 def test_a_misdeed_is_a_failure(
     name: str, tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,3 +125,29 @@ def test_a_misdeed_is_a_failure(
     assert status == 1
     assert one["verdict"] == "failed"
     assert "arch/x86/kvm/mmu/tdp_mmu.c:" in one["failure"]
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+def test_a_trace_draws_an_execution_of_the_tree(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explore", "zap-yield-restart", "--kernel", str(tree), "--trace", "--reach", "yields"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["execution"] == 1
+    assert found["kernel"]
+    assert {"spte", "mmu_lock"} <= {step["kind"] for step in found["steps"]}
+    assert main(arguments) == 0
+    assert "yields mmu_lock" in capsys.readouterr().out
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+def test_a_trace_of_a_crash_is_its_stack(
+    tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bug = next(bug for bug in MISDEEDS if bug.name == "crashes")
+    assert apply(bug, tree, copy)
+    assert main(["explore", "recover-yields", "--kernel", str(copy), "--trace"]) == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "the tree's code crashes: SIGSEGV at address 0x10"
+    assert second.startswith("  handle_removed_pt() arch/x86/kvm/mmu/tdp_mmu.c:")
