@@ -107,6 +107,29 @@ def test_metrics_while_it_runs(tmp_path: Path) -> None:
     assert process.returncode == 0, log.read_text()
 
 
+@pytest.mark.stress
+def test_metrics_of_nested_guests_have_both_levels(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(log, "serve", "nested-kinds", "--metrics", "0", "--log-format", "json") as process:
+        wait_until(lambda: "booted" in log.read_text(), "boot")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        url = next(line["url"] for line in lines if "url" in line)
+
+        def scraped() -> set[str]:
+            text = urllib.request.urlopen(url, timeout=10).read().decode()
+            return {
+                line.split()[0] for line in text.splitlines() if line[0] != "#" and float(line.split()[-1])
+            }
+
+        names = ("flushlab_vm_entries_by_level_total", "flushlab_tlb_flushes_by_level_total")
+        wanted = {f'{name}{{level="{level}"}}' for name in names for level in ("l1", "l2")}
+        wanted.add('flushlab_nested_run_total{vm="0"}')
+        wait_until(lambda: wanted <= scraped(), "series of both levels")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 0, log.read_text()
+
+
 def complaint(*arguments: str) -> str:
     ended = run(*arguments, "--log-level", "error")
     assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
