@@ -53,6 +53,18 @@ _LINUX_6_1 = {answer: value for answer, value in _LINUX_5_18.items() if answer !
 # https://lore.kernel.org/kvm/?q=s:%22do+not+unload+MMU+roots+on+all+role+changes%22
 # KVM_SET_SREGS flushed by the load of the root alone then, which the patch takes away.
 _KEEP_ROOTS = {"role_change": "keep-roots", "paging_off": "unload", "sregs_flush": "none"}
+# What 5.18 answers to each point of that thread, and since when.
+_MERGED_INSTEAD = {
+    "role_change": "reset-context",
+    "paging_off": "flush",  # 5.18 (b5f61c035d49), as the next one
+    "smep_on": "current",
+    "pcide_on": "free",
+    "noflush_root": "none",  # 4.19 (956bf3531fba)
+    "commit_zap": "flush-then-free",
+    "spte_replace": "flush",
+    "table_protect": "mmu-writable",  # 5.15 (f81602958c11)
+    "sregs_flush": "none",  # until 2023 (4346db6e6e7a)
+}
 _BATCH_LIST = {"zap": "disconnected-list"}
 _GENERATIONS = dict.fromkeys(("remote_flush", "root_load", "migration"), "root-tlb-gen")
 
@@ -67,6 +79,7 @@ PRESETS: dict[str, Policy] = {
         Policy(name="lkml-2021-single-context", **{**_LINUX_5_14, "remote_flush": "current-context"}),
         Policy(name="lkml-2021-batch-list", **{**_LINUX_5_14, **_BATCH_LIST}),
         Policy(name="lkml-2022-keep-roots", **_KEEP_ROOTS),
+        Policy(name="lkml-2022-merged", **_MERGED_INSTEAD),
         Policy(
             name="lkml-2025-on-each-cpu",
             root_alloc="on-each-cpu",
@@ -124,6 +137,11 @@ PRESET_DOCS = {
         "Proposed in February 2022, patch 12: a change of CR0, CR4, EFER or SMM keeps the cached roots, and "
         "may go back to one without a load. Clearing CR0.PG drops all. As posted, without a flush of "
         "KVM_SET_SREGS, but with the flushes of 5.18 for CR4."
+    ),
+    "lkml-2022-merged": (
+        "Merged for 5.18 instead, on top of the other answers of 7.3: a change of CR0, CR4, EFER or SMM "
+        "drops the roots, and the flushes that the guest is due are requested by themselves. KVM_SET_SREGS "
+        "requests none: it relies on the load."
     ),
     "lkml-2025-on-each-cpu": (
         "Proposed in July 2025: a new root is flushed on every pCPU; loads and migrations flush nothing."

@@ -11,7 +11,15 @@ from emulator.litmus.policies import pairs_of, policies_for
 from emulator.policy import PRESETS, Policy
 from emulator.policy.suitable import check_suits, unasked_answer
 
-EVERYWHERE = ["linux-7.3", "linux-6.12", "linux-6.1", "linux-5.18", "linux-5.14", "lkml-2022-keep-roots"]
+EVERYWHERE = [
+    "linux-7.3",
+    "linux-6.12",
+    "linux-6.1",
+    "linux-5.18",
+    "linux-5.14",
+    "lkml-2022-keep-roots",
+    "lkml-2022-merged",
+]
 
 
 def test_without_ept_kernels_are_left_and_the_patch_for_both_mmus() -> None:
