@@ -21,6 +21,7 @@
 #include "vm/mmu_invalidate.h"
 #include "vm/mmu_lock.h"
 #include "vm/vm.h"
+#include "walk/hypercall.h"
 #include "walk/vmcs.h"
 
 enum { STORM_GFNS = 512, STORM_VCPUS = 2, STORM_HOSTS = 2, STORM_PAGES = 128, STORM_RECORDS = 4096, STORM_FLUSH = 0 };
@@ -44,6 +45,8 @@ struct storm {
 	struct machine *m;
 	uint32_t vm;
 	enum mutant mutant;
+	bool hyperv;          /* flush hyperv_root by hypercall; set before storm_create() */
+	uint32_t hyperv_root;
 	uint32_t vmcs[STORM_VCPUS];
 	_Atomic uint32_t zaps;
 	_Atomic uint64_t pages; /* that the host has taken away */
@@ -98,13 +101,15 @@ static inline void *storm_vcpu(void *argument)
 	return NULL;
 }
 
-/* kvm_flush_remote_tlbs() */
+/* kvm_flush_remote_tlbs(), by hypercall on Hyper-V */
 static inline int storm_flush(struct storm *s, uint32_t cpu)
 {
 	uint64_t mask = 0;
 
 	if (s->mutant == NO_FLUSH)
 		return 0;
+	if (s->hyperv)
+		return hv_flush_guest_mapping(s->m, cpu, s->vm, s->hyperv_root, 0, 0, REASON_REMOTE_NOTIFIER);
 	for (uint32_t vcpu = 0; vcpu < STORM_VCPUS; vcpu++) {
 		kvm_make_request(s->m, vcpu, STORM_FLUSH);
 		if (vcpu_exiting_guest_mode(s->m, vcpu) != OUTSIDE_GUEST_MODE)
@@ -184,7 +189,7 @@ static inline void storm_create(struct storm *s, const struct storm_mmu *mmu, en
 					 .vcpus = STORM_VCPUS, .root_frames = 16, .table_frames = 1024,
 					 .guest_frames = 1024, .guest_blocks = 1, .l1_ways = 4,
 					 .l2_entries = 1536, .l2_ways = 12, .psc_entries = 32,
-					 .chaos = chaos, .seed = 7 };
+					 .chaos = chaos, .seed = 7, .hyperv = s->hyperv };
 	char error[200] = "";
 
 	s->m = machine_create(&config, error, sizeof(error));
