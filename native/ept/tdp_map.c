@@ -40,13 +40,15 @@ int tdp_mmu_fill_split_table(struct machine *m, uint32_t cpu, uint32_t table, ui
 static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic uint64_t *sptep, uint64_t gfn,
 			   uint64_t spte)
 {
-	uint32_t hfn = spte_hfn(spte);
+	uint32_t hfn = spte_hfn(spte), custody = spte_custody(spte), host;
 	uint64_t old = 0;
 
 	/* Only into empty entries: frozen SPTEs and mappings of another fault are not touched. */
 	if (atomic_load_explicit(sptep, memory_order_relaxed))
 		return false;
-	ledger_grant_one(c, m->frames, gfn, hfn, spte_custody(spte) == frame_host_tag(m->frames, hfn), spte & SPTE_WRITABLE);
+	host = frame_host(m->frames, hfn);
+	/* A custody has no FRAME_HOST_READONLY. */
+	ledger_grant_one(c, gfn, hfn, custody == (host & FRAME_TAG_MASK), spte & SPTE_WRITABLE, custody == host);
 	/* Orders as in spte_try_change(). */
 	if (atomic_compare_exchange_strong_explicit(sptep, &old, spte, memory_order_acq_rel, memory_order_relaxed))
 		return true;

@@ -76,9 +76,12 @@ void ledger_grant(struct machine *m, uint32_t vm, uint64_t gfn, uint32_t hfn, ui
 {
 	struct ledger_cursor c = ledger_cursor(m, vm);
 
-	for (uint64_t i = 0; i < n; i++)
-		ledger_grant_one(&c, m->frames, gfn + i, hfn + (uint32_t)i,
-				 frame_custody_holds(m->frames, hfn + (uint32_t)i, custody), write);
+	for (uint64_t i = 0; i < n; i++) {
+		uint32_t frame = hfn + (uint32_t)i;
+		bool holds = frame_custody_holds(m->frames, frame, custody);
+
+		ledger_grant_one(&c, gfn + i, frame, holds, write, holds && !frame_host_readonly(m->frames, frame));
+	}
 	ledger_release(&c);
 }
 

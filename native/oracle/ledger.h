@@ -147,9 +147,10 @@ static inline void ledger_add(struct ledger_right *e, uint16_t *live, uint8_t wh
 	*live += *live < UINT16_MAX;
 }
 
-/* Grant one gfn for a leaf SPTE that is about to appear. */
-static inline void ledger_grant_one(struct ledger_cursor *c, const struct frames *f, uint64_t gfn, uint32_t hfn,
-				    bool custody_holds, bool write)
+/* Grant one gfn for a leaf SPTE that is about to appear.  reading: the SPTE's custody holds.  writing: the host permits
+ * writes as well; only asked if the SPTE has W. */
+static inline void ledger_grant_one(struct ledger_cursor *c, uint64_t gfn, uint32_t hfn, bool reading, bool write,
+				    bool writing)
 {
 	struct ledger_right *e = ledger_at(c, gfn);
 
@@ -159,9 +160,9 @@ static inline void ledger_grant_one(struct ledger_cursor *c, const struct frames
 		e->live_write = 0;
 		e->revoked = write ? 0 : REVOKED_WRITE;
 	}
-	ledger_add(e, &e->live_read, REVOKED_READ, custody_holds);
+	ledger_add(e, &e->live_read, REVOKED_READ, reading);
 	if (write)
-		ledger_add(e, &e->live_write, REVOKED_WRITE, custody_holds && !frame_host_readonly(f, hfn));
+		ledger_add(e, &e->live_write, REVOKED_WRITE, writing);
 }
 
 /* Ungrant one gfn: its SPTE is gone, or has lost W.  The right changes first, then the frame's tag, which
