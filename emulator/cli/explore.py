@@ -47,7 +47,7 @@ EXPLORE_HELP = (
     "The code is KVM's, as `run` and `litmus` use it; the scheduler replaces only threads and waits. Of "
     "interleavings that differ in the order of independent steps, one is run. The exhaustive strategy tries "
     "interleavings with few preemptions first, and ends when all are covered or after --executions; the "
-    "verdict says which interleavings it covers. The strategies pct and random sample. Verdicts are about "
+    "verdict says which interleavings it covers. The other strategies sample. Verdicts are about "
     "sequentially consistent interleavings. With --store-buffers they are about x86-TSO: the scheduler "
     "chooses when a plain store of KVM's code reaches memory, and only locked instructions and barriers "
     "wait for it.\n\n"
@@ -106,7 +106,7 @@ def explore(
         ),
     ] = None,
     strategy: Annotated[
-        str, typer.Option(metavar="S", help="The search strategy: exhaustive, pct or random.")
+        str, typer.Option(metavar="S", help="The search strategy: exhaustive, pct, pos, surw or random.")
     ] = "exhaustive",
     bound: Annotated[
         int | None,
@@ -120,7 +120,7 @@ def explore(
     ] = 3,
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Seed of the strategies pct and random."),
+        typer.Option(min=0, max=2**62, envvar="FLUSHLAB_SEED", help="Seed of the strategies that sample."),
     ] = 0,
     seconds: Annotated[
         float,

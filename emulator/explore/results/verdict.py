@@ -9,9 +9,9 @@ executions find early a violation that an exhaustive search of a large program w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.machine.lib import instrument
@@ -25,7 +25,7 @@ from emulator.explore.results.minimize import minimized
 from emulator.explore.results.record import Recording, record
 from emulator.explore.results.workers import Team
 from emulator.explore.strategies.dpor import Exhaustive
-from emulator.explore.strategies.sampling import Pct, RandomWalk, Sampler
+from emulator.explore.strategies.sampling import Pct, Pos, RandomWalk, Sampler, Surw
 from emulator.explore.strategies.search import Found, Limits, search
 from emulator.explore.strategies.stateful import Stateful
 from emulator.explore.strategies.subtree import RUNS
@@ -40,7 +40,8 @@ from emulator.report.cases import Case, Ending
 
 # The `limit` of a search that a signal has ended.
 INTERRUPTED = "interrupted"
-STRATEGIES = ("exhaustive", "pct", "random")
+WALKS: Final[Mapping[str, Callable[[int, int], Sampler]]] = {"pos": Pos, "surw": Surw, "random": RandomWalk}
+STRATEGIES = ("exhaustive", "pct", *WALKS)
 # Sampled executions of each kind that the exhaustive strategy begins with.
 PROBES = 200
 # How often the first execution is repeated with a user's policy: with new programs, and within each.
@@ -403,10 +404,11 @@ def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
 
 def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
     plan = verdict.plan
+    strategy: Sampler
     if plan.strategy == "pct":
-        strategy: Pct | RandomWalk = Pct(plan.executions, plan.seed, plan.depth)
+        strategy = Pct(plan.executions, plan.seed, plan.depth)
     else:
-        strategy = RandomWalk(plan.executions, plan.seed)
+        strategy = WALKS[plan.strategy](plan.executions, plan.seed)
     found = search(program, program.objects, strategy, Limits(), bool, stop)
     _add(verdict, found, None, plan.strategy)
     if isinstance(strategy, Pct) and found.executions and not found.too_long:

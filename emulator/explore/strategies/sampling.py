@@ -1,16 +1,28 @@
-"""Strategies that try some interleavings: random walks, PCT, and the replay of a recorded schedule.
+"""Strategies that try some interleavings: random walks, PCT, POS, SURW, and a recorded schedule again.
 
 PCT (Burckhardt, Kothari, Musuvathi, Nagarakatte, "A randomized scheduler with probabilistic guarantees of
 finding bugs", ASPLOS 2010): tasks have random priorities, and the enabled task of the highest one takes the
 next step; at d - 1 random steps the running task's priority drops below all others.  A bug of depth d in a
 program of n tasks and k steps is found with a probability of at least 1 / (n * k^(d-1)) in each execution.
+
+POS (Yuan, Yang, Gu, "Partial order aware concurrency sampling", CAV 2018): each step has a random priority.
+The enabled task with the next step of the highest priority goes on, and then all next steps that conflict
+with the step that was taken get new priorities.  So the orders of steps that do not conflict take no share of
+the sample.
+
+SURW (Zhao, Wolff, Mathur, Roychoudhury, "Selectively uniform concurrency testing", ASPLOS 2025): the orders
+of some steps are sampled uniformly, here those that touch one shared object, another one in each execution.
+The task that is to take the next of these steps is drawn with a probability in proportion to the number of
+them that the task has left; until then the others' wait.  All other steps are a random walk.  The numbers are
+those of the execution before.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from emulator.explore.engine.objects import bits
+from emulator.explore.engine.objects import bits, members
 from emulator.explore.engine.scheduler import Divergence, Known, Task, Wait
 
 _U64 = (1 << 64) - 1
@@ -49,6 +61,9 @@ class Sampler:
     def begin(self, tasks: int) -> None:
         self._schedule = []
         self.left -= 1
+
+    def watch(self, tasks: Sequence[Task]) -> None:
+        """Receive the tasks of the execution, which announce their next steps: a hook for subclasses."""
 
     def known(self) -> Sequence[Known]:
         return ()
@@ -122,6 +137,91 @@ class Pct(Sampler):
         """Return a lower bound of the probability that one more execution finds a bug of this depth."""
         steps = max(self.steps, self._at)
         return 1.0 / float(max(1, self.tasks) * steps ** (self.depth - 1))
+
+
+class Pos(Sampler):
+    """POS: priorities of steps."""
+
+    def __init__(self, executions: int, seed: int) -> None:
+        super().__init__(executions)
+        self._random = Random(seed)
+        self._tasks: Sequence[Task] = ()
+        self._priorities: list[int] = []
+
+    def watch(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+        self._priorities = [self._random.next() for _ in tasks]
+
+    def pick(self, enabled: int, last: int) -> int:
+        return max(bits(enabled), key=self._priorities.__getitem__)
+
+    def stepped(self, task: Task) -> None:
+        # The task's next step is a new one, and is announced after this call.
+        touched = task.reads | task.writes
+        for other in self._tasks:
+            if other is task or task.writes & (other.reads | other.writes) or touched & other.writes:
+                self._priorities[other.index] = self._random.next()
+
+
+class Surw(Sampler):
+    """SURW: the orders of the steps that touch one object, uniformly.
+
+    chosen: the object of this execution; 0 in the first one, which only counts.
+    """
+
+    def __init__(self, executions: int, seed: int) -> None:
+        super().__init__(executions)
+        self._random = Random(seed)
+        self._tasks: Sequence[Task] = ()
+        self.chosen = 0
+        self._left: list[int] = []  # by task: its steps that touch the object and are still to come
+        self._next = -1  # the task that is to take the next of them
+        # Of the execution so far, by object: the steps of each task that touch it; the objects written.
+        self._steps: dict[int, Counter[int]] = {}
+        self._written = 0
+
+    def watch(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+        shared = [bit for bit, steps in self._steps.items() if len(steps) > 1 and self._written >> bit & 1]
+        self.chosen, self._left = 0, [0] * len(tasks)
+        if shared:
+            bit = shared[self._random.below(len(shared))]
+            self.chosen = 1 << bit
+            for index, steps in self._steps[bit].items():
+                self._left[index] = steps
+        self._steps, self._written = {}, 0
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the task that is to take the next step of those that touch the object; -1: none is left."""
+        self._next, left = -1, sum(self._left)
+        at = self._random.below(left) if left else 0
+        for index, steps in enumerate(self._left):
+            if at < steps:
+                self._next = index
+                return
+            at -= steps
+
+    def pick(self, enabled: int, last: int) -> int:
+        able = list(bits(enabled))
+        free = [index for index in able if index == self._next or not self._touches(index)]
+        free = free or able  # the numbers were another execution's, or the drawn task cannot go on
+        index = free[self._random.below(len(free))]
+        self._count(index)
+        return index
+
+    def _touches(self, index: int) -> bool:
+        task = self._tasks[index]
+        return bool((task.reads | task.writes) & self.chosen)
+
+    def _count(self, index: int) -> None:
+        task = self._tasks[index]
+        self._written |= task.writes
+        for bit in members(task.reads | task.writes):
+            self._steps.setdefault(bit, Counter())[index] += 1
+        if self._touches(index):
+            self._left[index] = max(0, self._left[index] - 1)
+            self._draw()
 
 
 class Replay(Sampler):

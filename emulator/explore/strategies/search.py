@@ -84,6 +84,8 @@ def run_once(program: Program, objects: Objects, strategy: Exhaustive | Sampler,
     execution = Execution(objects, strategy, limits.steps)
     program.start(execution)
     strategy.begin(len(execution.tasks))
+    if isinstance(strategy, Sampler):
+        strategy.watch(execution.tasks)
     execution.run()
     return execution
 

@@ -84,7 +84,7 @@ def test_a_bound_or_a_budget_is_admitted() -> None:
     assert (found.verdict, found.complete, found.executions) == (SEARCHED, False, 3)
 
 
-@pytest.mark.parametrize("strategy", ["pct", "random"])
+@pytest.mark.parametrize("strategy", ["pct", "pos", "surw", "random"])
 def test_sampling_finds_what_is_easy_to_find(strategy: str) -> None:
     plan = Plan(strategy, executions=300, seed=1)
     found = verdict_of("entry-races-request", "mutant:requests-before-mode", plan)
