@@ -17,6 +17,7 @@ from bench.mutation.run import equivalent, judge_all, learn, prepare
 from bench.mutation.suite import FIRST, Pair, fingerprint, pairs, quick_pairs
 from emulator.errors import BadInput
 from emulator.policy import DEFAULT
+from emulator.sweep.grid import shard
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
 
     prepare()
     depth = BRIEF if options.brief else QUICK if options.quick else FAIR if options.fair else THOROUGH
-    results = Results(Path(options.keep) if options.keep else None, fingerprint())
+    results = Results(Path(options.keep) if options.keep else None, fingerprint(), _others(options))
     wanted = _wanted(chosen, options)
     executions = 0 if depth is THOROUGH else FIRST
     all_known = learn(results, wanted, options.jobs, say, stop, executions)
@@ -73,7 +74,20 @@ def _wanted(chosen: Sequence[Mutant], options: argparse.Namespace) -> list[Pair]
     return quick_pairs() + [one for one in pairs() if one.preset != DEFAULT and str(one) in caught]
 
 
+def _others(options: argparse.Namespace) -> list[Path]:
+    found = [Path(name) for name in options.also or ()]
+    for path in found:
+        if not path.is_file():
+            raise BadInput("--also", f"no file {path}", "a file of --keep")
+    return found
+
+
 def _chosen(options: argparse.Namespace) -> list[Mutant]:
+    """Return the mutants that the options ask for, and of these the shard."""
+    return shard(_asked(options), options.shard)
+
+
+def _asked(options: argparse.Namespace) -> list[Mutant]:
     found = list(mutants())
     if options.names:
         by_name = {one.name: one for one in found}
@@ -112,6 +126,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--keep", metavar="FILE", help="read and append results, one JSON line each")
+    parser.add_argument("--shard", metavar="I/N", help="judge the I-th of N parts only")
+    parser.add_argument(
+        "--also", action="append", metavar="FILE", help="read what another shard kept, too; repeatable"
+    )
     parser.add_argument("--record", action="store_true", help="note in catching.toml which pairs caught")
     parser.add_argument("--seconds", type=float, default=0.0, help="begin no mutant after so long")
     return parser.parse_args(arguments)

@@ -39,13 +39,14 @@ def test_of(judgement: Judgement) -> str:
 
 
 class Results:
-    """The findings for one state of the sources.  path: None keeps nothing.
+    """The findings for one state of the sources.  path: None keeps nothing.  others: files to read only, as
+    those of other shards.
 
     Which pair caught a mutant last is remembered from other states of the sources as well, and from
     catching.toml.
     """
 
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
+    def __init__(self, path: Path | None, fingerprint: str, others: Sequence[Path] = ()) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.known: dict[Pair, Known] = {}
@@ -54,8 +55,8 @@ class Results:
         self._catching = dict(catching())  # by mutant: the pair that caught it last
         for name, listed in self._catching.items():
             self._count(name, listed.pair)
-        if path is not None and path.exists():
-            for line in path.read_text("utf-8").splitlines():
+        for file in (*others, *([path] if path is not None and path.exists() else [])):
+            for line in file.read_text("utf-8").splitlines():
                 self._read(json.loads(line))
 
     def _read(self, line: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,8 @@ from emulator.report.cases import ktap
 from emulator.report.console import output_console
 
 if TYPE_CHECKING:
+    from emulator.litmus.model import LitmusTest
+    from emulator.litmus.table import Results
     from emulator.litmus.verdict import Outcome
 
 VIOLATIONS_OR_SURPRISES = 1
@@ -64,7 +67,7 @@ All tests on the TDP MMU of a kernel's source, patched or not:
 
 Proofs, with at most a minute for each test and policy (takes hours):
 
-    flushlab litmus --explore --iterations 1000000 --seconds 60
+    flushlab litmus --explore --iterations 1000000 --seconds 60 --store proofs.jsonl
 """
 
 PolicyOption = Annotated[
@@ -130,13 +133,27 @@ def litmus(
     ] = False,
     as_ktap: KtapOption = False,
     junit: JunitOption = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --explore: keep each proof in this file as soon as it is there; do not repeat those "
+            "that it has.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="With --explore: prove the I-th of N parts. `flushlab merge` joins stores."
+        ),
+    ] = None,
 ) -> None:
     """Run litmus tests under policies and compare the verdicts with those expected."""
     # Imported late: help and bad usage need no engine.
     from emulator.explore.results.suite import explore_all
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy, policies_for
-    from emulator.litmus.table import Results, print_results
+    from emulator.litmus.table import Results
 
     _check_together(context, explore=explore, policy=bool(policy), ktap=as_ktap, kernel=kernel is not None)
     if junit is not None:
@@ -153,6 +170,9 @@ def litmus(
     seed = (0 if explore else secrets.randbits(31)) if seed is None else seed
     jobs = jobs or len(os.sched_getaffinity(0))
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
+    if store is not None or shard is not None:
+        status = _prove(plan, iterations, limit, seed, jobs, store, shard, as_json, as_ktap, junit)
+        raise typer.Exit(status)
     planned = sum(len(policies) for _, policies in plan)
     searched = SearchProgress(planned)
     # On a terminal the progress bar shows the runs.
@@ -170,6 +190,76 @@ def litmus(
     seconds = time.monotonic() - started
     missing = planned - len(results.outcomes)
     results.interrupted = interrupts.came() is not None
+    rate = f"{results.executions / max(seconds, 1e-9):,.0f} executions/s"
+    status = _print(
+        results,
+        as_json=as_json,
+        as_ktap=as_ktap,
+        junit=junit,
+        before="" if on_tree is None else heading(on_tree.object, policy or []),
+        after=f"seed {seed}, {seconds:.0f} s, {rate}",
+    )
+    raise typer.Exit(interrupts.ended(status, missing, planned, cut=results.cut_short(iterations)))
+
+
+def _prove(
+    plan: list[tuple[LitmusTest, tuple[str, ...]]],
+    executions: int,
+    seconds: float,
+    seed: int,
+    jobs: int,
+    path: Path | None,
+    part: str | None,
+    as_json: bool,
+    as_ktap: bool,
+    junit: Path | None,
+) -> int:
+    """Prove what the store lacks, print all of the shard's verdicts, and return the exit status."""
+    from emulator.litmus.table import Results
+    from emulator.sweep.grid import shard
+    from emulator.sweep.proofs import Proof, proved
+    from emulator.sweep.store import Store
+
+    pairs = [(test, name) for test, names in plan for name in names]
+    units = [
+        Proof(test=test, policy=name, executions=executions, seconds=seconds, seed=seed, number=number)
+        for number, (test, name) in enumerate(pairs)
+    ]
+    units = shard(units, part)
+    results = Results([test for test, _ in plan], seed, (executions, seconds))
+    interrupts.only_note()
+    with Store(path) as store:
+        there = 0
+        for outcome, stored in proved(units, store, jobs, lambda runs: None):
+            results.add(outcome)
+            there += stored
+            if not stored:
+                _say_proved(len(results.outcomes), len(units), outcome)
+            elif there == 1:
+                known = sum(unit.key in store.records for unit in units)
+                print(f"{known} of {len(units)} proofs are in the store", file=sys.stderr)
+    results.interrupted = interrupts.came() is not None
+    status = _print(results, as_json=as_json, as_ktap=as_ktap, junit=junit)
+    return interrupts.ended(status, len(units) - len(results.outcomes), len(units))
+
+
+def _say_proved(number: int, units: int, outcome: Outcome) -> None:
+    verdict = "failed" if outcome.failure else ", ".join(outcome.kinds) or outcome.proof
+    print(f"proof {number} of {units}: {outcome.test} under {outcome.policy}: {verdict}", file=sys.stderr)
+
+
+def _print(
+    results: Results,
+    *,
+    as_json: bool,
+    as_ktap: bool,
+    junit: Path | None,
+    before: str = "",
+    after: str = "",
+) -> int:
+    """Print the verdicts, with lines around the table, and return the exit status."""
+    from emulator.litmus.table import print_results
+
     status = VIOLATIONS_OR_SURPRISES if results.differing() or results.unforeseen() else 0
     if junit is not None:
         write_file("--junit", junit, junit_of("flushlab litmus", results.cases()))
@@ -179,18 +269,18 @@ def litmus(
         elif as_json:
             print(json.dumps(results.document(), indent=1))
         elif results.outcomes:
-            if on_tree is not None:
-                print(heading(on_tree.object, policy or []))
+            if before:
+                print(before)
             print_results(results, output_console(200))
-            rate = f"{results.executions / max(seconds, 1e-9):,.0f} executions/s"
-            print(f"seed {seed}, {seconds:.0f} s, {rate}")
-    raise typer.Exit(interrupts.ended(status, missing, planned, cut=results.cut_short(iterations)))
+            if after:
+                print(after)
+    return status
 
 
 def _check_together(context: typer.Context, *, explore: bool, policy: bool, ktap: bool, kernel: bool) -> None:
     """Raise BadInput for options that do not go together."""
     if not explore:
-        refuse(context, {"limit"}, "without --explore", "both")
+        refuse(context, {"limit", "store", "shard"}, "without --explore", "both")
     if policy:
         refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
     if ktap:

@@ -231,7 +231,8 @@ def merge(
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """Join the stores of a sweep's shards, and print its table."""
+    """Join the stores of a sweep's shards, or of `litmus --explore --shard`, and print their table."""
+    from emulator.sweep.proofs import is_proof
     from emulator.sweep.store import merged, write_store
     from emulator.sweep.table import Swept, check_table
 
@@ -242,9 +243,34 @@ def merge(
         check_file("--output", output)
     check_html(html)
     records = merged(stores)
+    if any(map(is_proof, records)):
+        raise typer.Exit(_merge_proofs(records, output, as_json=as_json))
     scenarios = sorted({str(record["scenario"]) for record in records})
     if len(scenarios) > 1:
         raise BadInput("STORES", f"found runs of {' and '.join(scenarios)}", "stores of one sweep")
     if output is not None:
         write_store("--output", output, records)
     raise typer.Exit(_print(Swept(records), figures, table, as_json=as_json, html=html))
+
+
+def _merge_proofs(records: Sequence[dict[str, Any]], output: Path | None, *, as_json: bool) -> int:
+    """Write the joined store of proofs, print the verdicts as `litmus` does, and return the exit status."""
+    from emulator.litmus.table import print_results
+    from emulator.report.console import output_console
+    from emulator.sweep.proofs import is_proof, results_of
+    from emulator.sweep.store import write_store
+
+    if not all(map(is_proof, records)):
+        raise BadInput("STORES", "found runs beside proofs", "stores of one kind")
+    if len({(*record["limits"], record["seed"]) for record in records}) > 1:
+        raise BadInput("STORES", "found proofs with other limits or seeds", "stores of one command's shards")
+    if output is not None:
+        write_store("--output", output, records)
+    results = results_of(records)
+    status = 1 if results.differing() or results.unforeseen() else 0
+    with saying(status):
+        if as_json:
+            print(json.dumps(results.document(), indent=1))
+        else:
+            print_results(results, output_console(200))
+    return status

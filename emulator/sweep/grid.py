@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from emulator import __version__
 from emulator.errors import BadInput, shown
@@ -19,7 +19,8 @@ from emulator.scenario import limits
 from emulator.scenario.config import Scenario, load_scaled
 from emulator.scenario.vary import Value, varied
 
-_KEY_DIGITS: Final = 24
+KEY_DIGITS: Final = 24
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,17 +114,17 @@ class Grid:
             "scenario": shape.model_dump(mode="json"),
             "costs": repr(shape.cost_table),
             "policy": spelled,
-            "files": _digests(spelled),
+            "files": digests(spelled),
             "seed": unit.seed,
             "duration": unit.duration or shape.duration,
             "chaos": unit.chaos,
             "unbounded": unit.unbounded,
         }
         text = json.dumps(depends, sort_keys=True)
-        return replace(unit, key=hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS])
+        return replace(unit, key=hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS])
 
 
-def _digests(spelled: str) -> list[str]:
+def digests(spelled: str) -> list[str]:
     """Return the digests of the files that a policy's spelling names."""
     parsed = parse_policy(spelled)
     names = [*([parsed.base] if parsed.base.endswith(".py") else []), *parsed.patches]
@@ -136,7 +137,7 @@ def _digests(spelled: str) -> list[str]:
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-def shard(units: Sequence[Unit], text: str | None) -> list[Unit]:
+def shard(units: Sequence[T], text: str | None) -> list[T]:
     """Return the units of the shard `I/N`: each N-th one, from the I-th on.  Raises BadInput."""
     if text is None:
         return list(units)
