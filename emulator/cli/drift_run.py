@@ -36,7 +36,7 @@ def execute_tree(top: Path, policy: str | None, operations: int, seed: int, *, a
     status = _status(result)
     with saying(status):
         if as_json:
-            print(json.dumps(_document(built, result), indent=1))
+            print(json.dumps(document_of(built, result), indent=1))
         else:
             sys.stdout.write(_text(built, result))
     return status
@@ -52,8 +52,9 @@ def _progress(operations: int) -> None:
     print(f"\r{operations:,} operations", end="", file=sys.stderr, flush=True)
 
 
-def _document(built: Built, result: Executed) -> dict[str, Any]:
+def document_of(built: Built, result: Executed) -> dict[str, Any]:
     return {
+        "flushlab_drift_run": 1,
         "version": built.version,
         "policy": result.policy,
         "counts": result.counts,

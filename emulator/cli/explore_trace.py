@@ -110,7 +110,8 @@ def _unreached(
     with saying(FOUND):
         if as_json:
             found = {"reached": False, "goal": goal.text, "executions": verdict.executions}
-            print(json.dumps({"test": test.name, "policy": policy, **found}, indent=1))
+            head = {"flushlab_unreached": 1, "test": test.name, "policy": policy}
+            print(json.dumps({**head, **found}, indent=1))
         else:
             said = f"{test.name} under {policy}: no execution reaches {goal.text}{_how_far(verdict)}"
             print("\n".join(textwrap.wrap(said, COURSE_WIDTH, subsequent_indent="  ")))

@@ -109,6 +109,7 @@ def as_dict(
             entry["diff"] = diffs[finding.name]
         functions.append(entry)
     return {
+        "flushlab_drift": 1,
         "tree": str(tree.top),
         "version": tree.version,
         "compared_with": base.version,

@@ -126,6 +126,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         else {"opening": list(explanation.opening), "closing": list(explanation.closing)}
     )
     return {
+        "flushlab_explanation": 1,
         "title": explanation.title,
         **around,
         "policy": case.policy,

@@ -13,15 +13,31 @@ from emulator.errors import BadInput, one_of
 from emulator.schemas.documents import CompareDocument, LitmusDocument, RunDocument, SweepDocument
 from emulator.schemas.explored import ExploreDocument
 from emulator.schemas.hosts import ImportDocument, ReplayDocument
+from emulator.schemas.races import (
+    AuditDocument,
+    DriftDocument,
+    DriftRunDocument,
+    ExecutionDocument,
+    ExplainDocument,
+    StateDocument,
+    UnreachedDocument,
+)
 
 SCHEMAS: Final[dict[str, type[BaseModel]]] = {
+    "audit": AuditDocument,
     "compare": CompareDocument,
+    "drift": DriftDocument,
+    "drift-run": DriftRunDocument,
+    "execution": ExecutionDocument,
+    "explain": ExplainDocument,
     "explore": ExploreDocument,
     "import": ImportDocument,
     "litmus": LitmusDocument,
     "replay": ReplayDocument,
     "run": RunDocument,
+    "state": StateDocument,
     "sweep": SweepDocument,
+    "unreached": UnreachedDocument,
 }
 
 

@@ -44,7 +44,8 @@ def state_before(stored: Stored, step: int) -> dict[str, Any]:
     (state,) = found_state
     document = stored.document
     around = {"test": document["test"], "policy": document["policy"], "step": step, "steps": len(steps)}
-    return {**around, "thread": steps[step]["thread"], "next": steps[step]["text"], **state}
+    around |= {"thread": steps[step]["thread"], "next": steps[step]["text"]}
+    return {"flushlab_state": 1, **around, **state}
 
 
 class _Until(Replay):

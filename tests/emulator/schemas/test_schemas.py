@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from emulator.cli.drift_run import document_of
 from emulator.cli.main import main
+from emulator.kernel_tree.build import Built
+from emulator.kernel_tree.execute import Executed
 from emulator.schemas import SCHEMAS, schema
+from tests.emulator.drift.made_up import LINUX, LINUX_OLD
 from tests.emulator.replay.recording import whole
 from tests.emulator.sweep.canned_runs import canned
 
@@ -91,6 +95,63 @@ def test_a_replay(printed: Printed, tmp_path: Path) -> None:
     SCHEMAS["replay"].model_validate(printed(["replay", str(workload)]), strict=True)
 
 
+@pytest.mark.slow
+def test_an_audit(printed: Printed) -> None:
+    document = printed(["explore", "return-zap", "--audit", "--executions", "5"])
+    SCHEMAS["audit"].model_validate(document, strict=True)
+    assert document["audited"]
+
+
+@pytest.mark.slow
+def test_executions_and_their_states(printed: Printed, tmp_path: Path) -> None:
+    line = ["explore", "return-zap", "--policy", "migration=none"]
+    document = printed([*line, "--trace", "--number", "1"])
+    SCHEMAS["execution"].model_validate(document, strict=True)
+    assert document["execution"] == 1
+    assert main([*line, "--jobs", "1", "--output", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*.json")
+    SCHEMAS["execution"].model_validate(printed(["explore", "--replay", str(path)]), strict=True)
+    state = printed(["explore", "--replay", str(path), "--stop-at", "5"])
+    SCHEMAS["state"].model_validate(state, strict=True)
+    assert state["tasks"]
+    assert main(["explain", str(path), "--format", "json"]) == 0
+
+
+@pytest.mark.slow
+def test_an_execution_that_is_not_reached(printed: Printed) -> None:
+    document = printed(["explore", "return-zap", "--trace", "--reach", "frozen"])
+    SCHEMAS["unreached"].model_validate(document, strict=True)
+
+
+@pytest.mark.slow
+def test_an_explanation(printed: Printed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explore", "return-zap", "--policy", "migration=none", "--output", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*.json")
+    capsys.readouterr()
+    assert main(["explain", str(path), "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    SCHEMAS["explain"].model_validate(document, strict=True)
+    assert document["moments"]
+    assert document["legend"]
+
+
+@pytest.mark.slow
+def test_a_drift(printed: Printed) -> None:
+    document = printed(["drift", str(LINUX), "--against", str(LINUX_OLD), "--diff"])
+    SCHEMAS["drift"].model_validate(document, strict=True)
+    assert any(function.get("diff") for function in document["functions"])
+
+
+def test_a_drift_of_executed_code() -> None:
+    built = Built(Path("tdp.so"), "6.12.94", Path("linux"), "hash", 12, 3, ("stub",), cached=False)
+    found = Executed(
+        "linux-6.12", {"operations": 1}, [{"operation": "x"}], {"why": 2}, "signal 11", 0, ["op"]
+    )
+    for result in (found, Executed("linux-6.12")):
+        document = json.dumps(document_of(built, result))
+        SCHEMAS["drift-run"].model_validate_json(document, strict=True)
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_schema_forbids_other_keys_and_versions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", name]) == 0
@@ -109,5 +170,5 @@ def test_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "runs"]) == 2
     found = capsys.readouterr().err
     assert found.startswith(
-        "flushlab: schema: no document 'runs'; expected one of compare, explore, import, litmus, replay, run,"
+        "flushlab: schema: no document 'runs'; expected one of audit, compare, drift, drift-run, execution,"
     )
