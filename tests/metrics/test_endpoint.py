@@ -328,7 +328,7 @@ def test_the_console_page_shows_an_instance(bare_machine: BareMachine, tmp_path:
 class running_prometheus:  # noqa: N801 - reads as a statement
     """A Prometheus of its own directory on a free loopback port that scrapes one target; gives its URL."""
 
-    def __init__(self, directory: Path, target: str) -> None:
+    def __init__(self, directory: Path, target: str, every: str = "200ms") -> None:
         self._directory = directory
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -336,7 +336,7 @@ class running_prometheus:  # noqa: N801 - reads as a statement
         rules = resources.files("metrics").joinpath("rules/flushlab.yml").read_text()
         (directory / "rules.yml").write_text(rules)
         config = {
-            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"},
+            "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
             "rule_files": ["rules.yml"],
             "scrape_configs": [{"job_name": "flushlab", "static_configs": [{"targets": [target]}]}],
         }
