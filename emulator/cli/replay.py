@@ -37,7 +37,12 @@ _FASTEST = 1e6
 
 
 def replay(
-    workload: Annotated[Path, typer.Argument(metavar="WORKLOAD", help="The workload's file.")],
+    workload: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WORKLOAD", help="The workload's file, or the shipped numa-balancing.workload."
+        ),
+    ],
     policies: Annotated[
         list[str] | None,
         typer.Option(

@@ -35,7 +35,7 @@ from emulator.hosttrace.lines import Event
 from emulator.hosttrace.memslots import Memslot, Memslots, NotifierRange
 from emulator.hosttrace.observed import KICK, Observed
 from emulator.hosttrace.residency import Residency
-from emulator.hosttrace.workload import BLOCK, RECORDED, Step, Workload
+from emulator.hosttrace.workload import BLOCK, PLACING, RECORDED, Step, Workload
 from emulator.kvm.kvm_host import KVM_MMU_CR4_ROLE_BITS, X86_CR4_PSE
 
 _PAUSE_NS: Final = 5_000_000
@@ -51,7 +51,6 @@ _LOAD: Final = "kvm_mmu_load"
 _CR: Final = re.compile(r"cr_write (\d+) = (?:0x)?([0-9a-f]+)")
 # On SVM the reason's name, on VMX an exit qualification with CR4 and MOV to CR (SDM table 29-3).
 _CR4_WRITE: Final = re.compile(r"reason (?:write_cr4|CR_ACCESS\b.*\binfo1 (?:0x)?[0-9a-f]*04)\b")
-_PLACING: Final = ("enter", "stay")
 _WITHOUT_PAGES: Final = frozenset({"enter", "stay", "leave", "cr4", "log", "zap-all", "smi", "rsm"})
 
 
@@ -306,12 +305,12 @@ class Builder:
         def page(vm: int, number: int) -> int:
             return order[vm][number // BLOCK] * BLOCK + number % BLOCK
 
-        cpus = sorted({step.start for step in self._steps if step.verb in _PLACING})
+        cpus = sorted({step.start for step in self._steps if step.verb in PLACING})
         numbers = [sorted(found) for found in self._numbers]
         self._leave_out_unknown()
         for step in self._steps:
             step.vcpu = numbers[step.vm].index(step.vcpu) if step.vcpu >= 0 else -1
-            if step.verb in _PLACING:
+            if step.verb in PLACING:
                 step.start = cpus.index(step.start)
             elif step.verb != "cr4" and step.start >= 0:
                 step.end = page(step.vm, step.end - 1) + 1 if step.end >= 0 else -1

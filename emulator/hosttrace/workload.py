@@ -44,6 +44,7 @@ VERBS: Final[dict[str, tuple[int, bool]]] = {
     "enter": (1, True),  # CPU
     "stay": (1, True),  # CPU, on which the vCPU stays in guest mode
     "leave": (0, True),  # the vCPU that stays leaves guest mode
+    "resume": (0, False),  # the vCPUs that kicks have made leave guest mode stay in it again
     "read": (1, True),  # page
     "write": (1, True),  # page
     "cr4": (1, True),  # the bits that change
@@ -54,6 +55,10 @@ VERBS: Final[dict[str, tuple[int, bool]]] = {
     "log": (0, False),
     "zap-all": (0, False),
 }
+
+
+# Events that put a vCPU on a CPU.
+PLACING: Final = ("enter", "stay")
 
 
 @dataclass

@@ -14,10 +14,10 @@
     620 unmap 0 0x100 0x200
 
 An event's line has the microseconds since the recording began, a verb, the VM or VM.VCPU, and arguments:
-`enter` CPU; `stay` CPU, for a vCPU that stays in guest mode from now on, and `leave`, which ends that; `read`
-and `write` PAGE; `huge` PAGE, which the host backs by a huge page from now on; `unmap` START END; `cr4` BITS,
-which the guest changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it
-later; `zap-all`.
+`enter` CPU; `stay` CPU, for a vCPU that stays in guest mode from now on, and `leave`, which ends that;
+`resume`, which brings the vCPUs into guest mode again that kicks have made leave it; `read` and `write` PAGE;
+`huge` PAGE, which the host backs by a huge page from now on; `unmap` START END; `cr4` BITS, which the guest
+changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it later; `zap-all`.
 `mapped` has pages that were mapped when the recording began, and `new` a vCPU that had not run by then.
 `memslot` VM GFN PAGES HVA RANGES tells the rule by which addresses became pages, for readers: the pages are
 numbered as on the host, and RANGES is the number of ranges that it was inferred from, 0 if it was given.
@@ -27,6 +27,7 @@ Lines that begin with # are comments.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +39,7 @@ from emulator.validation import read_text
 
 MAGIC: Final = "flushlab-workload"
 VERSION: Final = 2
-# Version 1 lacks `stay`, `leave` and `memslot`.
+# Version 1 lacks `stay`, `leave`, `resume` and `memslot`.
 _READ: Final = ([MAGIC, "1"], [MAGIC, str(VERSION)])
 _MOST: Final = 1 << 30
 # The most pCPUs that an emulated machine can have.
@@ -90,8 +91,16 @@ def _ranges(pages: list[int]) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
+def shipped_workloads() -> dict[str, Path]:
+    """Return the workloads that ship with the package, by their names."""
+    directory = Path(str(resources.files("emulator").joinpath("workloads")))
+    return {path.name: path for path in sorted(directory.glob("*.workload"))}
+
+
 def read_workload(path: Path) -> Workload:
-    """Read a workload; raise BadInput, which names the line, if it is none."""
+    """Read a workload, or a shipped one by its name; raise BadInput, which names the line, if it is none."""
+    if not path.exists():
+        path = shipped_workloads().get(str(path), path)
     lines = read_text(path, "a workload of `flushlab import --workload`", _MOST).splitlines()
     if not lines or lines[0].split() not in _READ:
         found = shown(lines[0]) if lines else "an empty file"

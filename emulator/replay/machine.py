@@ -17,7 +17,7 @@ from typing import Any, Final, Self, cast
 from emulator.actors.task import VcpuTask
 from emulator.errors import BadInput
 from emulator.host.memory import UserMemory
-from emulator.hosttrace.workload import Step, Workload
+from emulator.hosttrace.workload import PLACING, Step, Workload
 from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, ExitToUser
 from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast
 from emulator.kvm.regs import kvm_set_cr4
@@ -187,7 +187,7 @@ class Replay:
             kvm_set_memory_region(self.main, kvm, _SLOT, Gfn(0), pages, Hva(0), as_id=as_id)
         self.vcpus.append([self._vcpu(kvm, pages) for _ in range(self.workload.vms[vm])])
         new = set(self.workload.new)
-        first = {step.vcpu: step.start for step in reversed(steps) if step.verb == "enter"}
+        first = {step.vcpu: step.start for step in reversed(steps) if step.verb in PLACING}
         for number, vcpu in enumerate(self.vcpus[vm]):
             vcpu.pcpu = first.get(number, 0)
             if (vm, number) not in new:
@@ -257,6 +257,9 @@ class Replay:
             self._residents.leave(vcpu.task)
             vcpu.pcpu = step.start
             self._residents.stay(cpu, vcpu.task)
+
+    def resume(self, step: Step) -> None:
+        self._residents.resume(self.kvms[step.vm].id)
 
     def leave(self, step: Step) -> None:
         self._residents.leave(self._at(step).task)
@@ -329,11 +332,12 @@ class _Counting:
 
 
 # Events that change nothing for vCPUs other than their own.
-_ALONE: Final = frozenset({"enter", "stay", "leave"})
+_ALONE: Final = frozenset({"enter", "stay", "leave", "resume"})
 _DO: Final[dict[str, Callable[[Replay, Step], None]]] = {
     "enter": Replay.enter,
     "stay": Replay.stay,
     "leave": Replay.leave,
+    "resume": Replay.resume,
     "read": Replay.read,
     "write": Replay.write,
     "cr4": Replay.cr4,

@@ -39,12 +39,15 @@ class Resident:
 
     # --- called by the replay ------------------------------------------------------------------------------
 
-    def stay(self, task: VcpuTask) -> None:
-        """Bring the vCPU into guest mode and return."""
+    def begin(self, task: VcpuTask) -> None:
+        """Let the vCPU enter; `arrived` waits until it is in guest mode."""
         self.task = task
         self._left.clear()
         self._tasks.put(task)
-        m, number = self.cpu.m, task.vcpu.id
+
+    def arrived(self) -> None:
+        assert self.task is not None
+        m, number = self.cpu.m, self.task.vcpu.id
         until = time.monotonic() + _PATIENCE
         while not (lib.vcpu_mode(m, number) == IN_GUEST_MODE and lib.guest_program_position(m, number)):
             if self._error is not None:
@@ -53,10 +56,13 @@ class Resident:
                 raise RuntimeError(f"vCPU {number} does not reach guest mode on pcpu{self.cpu.id}")
             time.sleep(_POLL)
 
-    def settle(self) -> None:
-        """Wait until a vCPU that was kicked has left its pCPU; the sender has changed its mode."""
-        if self.task is not None and lib.vcpu_mode(self.cpu.m, self.task.vcpu.id) != IN_GUEST_MODE:
-            self._ended()
+    def settle(self) -> VcpuTask | None:
+        """Return the vCPU if it was kicked, once it has left its pCPU.  The sender has changed its mode."""
+        task = self.task
+        if task is None or lib.vcpu_mode(self.cpu.m, task.vcpu.id) == IN_GUEST_MODE:
+            return None
+        self._ended()
+        return task
 
     def leave(self) -> None:
         """Make the vCPU leave guest mode and its pCPU."""
@@ -118,12 +124,27 @@ class Residents:
 
     def __init__(self) -> None:
         self._by_cpu: dict[int, Resident] = {}
+        # vCPUs that a kick has made leave, and their pCPUs, in the order of these.
+        self._interrupted: dict[VcpuTask, Cpu] = {}
 
     def stay(self, cpu: Cpu, task: VcpuTask) -> None:
+        """Bring the vCPU into guest mode on the pCPU."""
+        self._begin(cpu, task).arrived()
+
+    def _begin(self, cpu: Cpu, task: VcpuTask) -> Resident:
         self.vacate(cpu)
+        self._interrupted.pop(task, None)
         if cpu.id not in self._by_cpu:
             self._by_cpu[cpu.id] = Resident(cpu)
-        self._by_cpu[cpu.id].stay(task)
+        resident = self._by_cpu[cpu.id]
+        resident.begin(task)
+        return resident
+
+    def resume(self, vm: int) -> None:
+        """Bring the VM's vCPUs into guest mode again that kicks have made leave it."""
+        back = [(cpu, task) for task, cpu in self._interrupted.items() if task.vm == vm]
+        for resident in [self._begin(cpu, task) for cpu, task in back]:
+            resident.arrived()
 
     def on(self, cpu: Cpu) -> VcpuTask | None:
         """Return the vCPU that stays in guest mode on the pCPU."""
@@ -137,13 +158,15 @@ class Residents:
 
     def leave(self, task: VcpuTask) -> None:
         """Make this vCPU leave, wherever it stays."""
+        self._interrupted.pop(task, None)
         for resident in self._by_cpu.values():
             if resident.task is task:
                 resident.leave()
 
     def settle(self) -> None:
         for resident in self._by_cpu.values():
-            resident.settle()
+            if (task := resident.settle()) is not None:
+                self._interrupted[task] = resident.cpu
 
     def vacate_all(self) -> None:
         for resident in self._by_cpu.values():

@@ -207,7 +207,7 @@ def test_the_file_has_all_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("5 jump 0.0", "one of enter, stay, leave, read"),
+        ("5 jump 0.0", "one of enter, stay, leave, resume, read"),
         ("5 enter 0.0", "enter with 1 arguments behind the vCPU"),
         ("5 enter 0 1", "VM.VCPU"),
         ("5 enter 0.2 1", "the number of a vCPU of the VM from 0 to 1"),
