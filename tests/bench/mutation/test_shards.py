@@ -24,7 +24,7 @@ def names(capsys: pytest.CaptureFixture[str], *more: str) -> list[str]:
 def test_shards_are_a_partition(capsys: pytest.CaptureFixture[str]) -> None:
     whole = names(capsys)
     parts = [names(capsys, "--shard", f"{i}/3") for i in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == sorted(whole)
+    assert sorted(name for part in parts for name in part) == sorted(whole)
     assert all(parts)
     assert main([*_LIST, "--shard", "4/3"]) == 2
     assert "--shard: found '4/3'" in capsys.readouterr().err
