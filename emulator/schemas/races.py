@@ -164,6 +164,7 @@ class AuditedPart(Part):
     stateless: str | None
     apart: dict[str, int]
     failed: dict[str, int]
+    plain: dict[str, int]
 
 
 class AuditDocument(Part):
