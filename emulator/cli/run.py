@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ from emulator.report.result import Result
 from emulator.report.summary import document, exit_status, summary
 from emulator.scenario import limits
 from emulator.scenario.config import Scenario, load_scaled
+from emulator.scenario.costs import Costs, modelled_cycles
 from metrics import Endpoint, MachineCollector, parse_address
+from native.reader import CounterReader
 
 if TYPE_CHECKING:
     from emulator.cli.kernel import TreeReport
@@ -68,7 +71,9 @@ def run_request(request: Request, tree: TreeReport | None = None) -> int:
     findings = Findings(request.report_dir, _head(request, scenario, policy))
     with Logging(request.log_level, request.log_format), ExitStack() as stack:
         collector = MachineCollector(
-            {"policy": policy.name, "scenario": scenario.name}, per_cpu=request.metrics_per_cpu
+            {"policy": policy.name, "scenario": scenario.name},
+            per_cpu=request.metrics_per_cpu,
+            cycles=partial(_cycles, scenario.cost_table),
         )
         if address is not None:
             build = {"version": __version__, **_asked(request, scenario, policy)}
@@ -77,6 +82,12 @@ def run_request(request: Request, tree: TreeReport | None = None) -> int:
         result = _run(request, scenario, policy, collector, findings)
         _log_end(result)
     return _write(request, result, findings, tree)
+
+
+def _cycles(costs: Costs, counters: CounterReader) -> Iterator[tuple[str, str, float]]:
+    """Yield the modelled cycles of all that the machine has done, for the metrics."""
+    for line in modelled_cycles(costs, counters.sums(), counters.vm_stats(), counters.flushes()):
+        yield line.group, line.item, line.cycles
 
 
 def _asked(request: Request, scenario: Scenario, policy: Policy) -> dict[str, str]:

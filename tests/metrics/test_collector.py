@@ -103,6 +103,22 @@ def test_buckets_never_decrease(bare_machine: BareMachine, collector: MachineCol
     assert counts[-1] == 36
 
 
+def test_modelled_cycles_have_groups_and_never_shrink(bare_machine: BareMachine) -> None:
+    given = [("flush", "IPIs sent", 300.0), ("work", "VM exits", 50.0)]
+    collector = MachineCollector(cycles=lambda counters: given)
+    collector.machine_up(bare_machine.pointer, pcpus=2, vms=1)
+    sent = 'flushlab_modelled_cycles_total{group="flush",item="IPIs sent"}'
+    assert value(scrape(collector), sent) == 300
+    given[0] = ("flush", "IPIs sent", 299.0)
+    text = scrape(collector)
+    assert value(text, sent) == 300
+    assert value(text, 'flushlab_modelled_cycles_total{group="work",item="VM exits"}') == 50
+    collector.machine_down()
+    collector.machine_up(bare_machine.pointer, pcpus=2, vms=1)
+    assert value(scrape(collector), sent) == 299
+    collector.machine_down()
+
+
 def test_each_violation_kind_has_a_series(collector: MachineCollector) -> None:
     text = scrape(collector)
     for kind in VIOLATION_KINDS:
