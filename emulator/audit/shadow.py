@@ -23,6 +23,7 @@ from emulator.audit.leaf import LeafAudit
 from emulator.kvm.kvm_host import (
     APIC_ACCESS_PAGE_PRIVATE_MEMSLOT,
     KVM_MAX_HUGEPAGE_LEVEL,
+    KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     SPTE_ENT_PER_PAGE,
@@ -75,7 +76,8 @@ class ShadowAudit:
             sp.gfn != gfn for gfn, chain in shadow.mmu_page_hash.items() for sp in chain
         ):
             yield f"of {len(self.pages)} shadow pages, {hashed.total()} are in the hash, or elsewhere in it"
-        in_use = len(self.pages) - len(shadow.zapped_pages)
+        # A page that was taken out of use is not counted, except for a root that a vCPU still holds.
+        in_use = sum(not sp.role.invalid or sp.root_count > 0 for sp in self.pages)
         if shadow.n_mmu_pages != in_use:
             yield f"n_mmu_pages is {shadow.n_mmu_pages}, and {in_use} shadow pages are in use"
         indirect = sum(not sp.role.invalid and sp.has_gptes() for sp in self.pages)
@@ -93,7 +95,9 @@ class ShadowAudit:
                 yield f"{n} shadow pages in use are of gfn {gfn:#x} and {role}"
         for sp in in_use:
             if sp.mmu_valid_gen != self.kvm.shadow.mmu_valid_gen:
-                yield f"{sp!r} is in use, and of an old mmu_valid_gen"
+                # kvm_zap_obsolete_pages() yields.
+                if not self.live:
+                    yield f"{sp!r} is in use, and of an old mmu_valid_gen"
             elif sp.has_gptes() and self.kvm.memslots[sp.role.smm].search(sp.gfn) is None:
                 yield f"{sp!r} is in use, and its table is in no memslot"
             if sp.unsync and (sp.role.direct or sp.role.level > PG_LEVEL_4K):
@@ -181,7 +185,8 @@ class ShadowAudit:
 
     def _mmio(self, sptep: Sptep, spte: int) -> Iterator[str]:
         slots, gfn = self.kvm.memslots[sptep.sp.role.smm], Gfn(get_mmio_spte_gfn(spte))
-        if get_mmio_spte_generation(spte) != slots.generation & MMIO_SPTE_GEN_MASK:
+        replaced = slots.generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
+        if replaced or get_mmio_spte_generation(spte) != slots.generation & MMIO_SPTE_GEN_MASK:
             return  # the next access to the gfn looks for a memslot
         slot = slots.search(gfn)
         # A nested guest gets none of L1's APIC-access page.

@@ -250,6 +250,16 @@ class Emulation:
     def release(self) -> None:
         release_thread()
 
+    def hold_mmu(self) -> None:
+        """Take the mmu_lock of every VM for write, for good: no thread that is stopped from here on is
+        within it.
+
+        Other threads hold one of these locks at most, and serve calls while they wait for it.
+        """
+        main = self.crew.main
+        for kvm in self.vms:
+            main.check(lib.mmu_write_lock(main.m, main.id, kvm.id))
+
     def stop(self) -> list[str]:
         """Stop everything; return the names of actors that did not end in time.
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from loguru import logger
 
 from emulator.actors.crew import Crew
 from emulator.actors.watchdog import ROUND_SECONDS, Watchdog
+from emulator.audit import audited
 from emulator.errors import BadInput
+from emulator.explain.facts import INCONSISTENT
 from emulator.job.emulation import Emulation
 from emulator.kvm.structs import KvmParams
 from emulator.policy import Policy
 from emulator.policy.patience import unreturned
 from emulator.report.preconditions import preconditions
 from emulator.report.receivers import Receivers, read_receivers
-from emulator.report.result import Finder, MachineObserver, Result, Snapshot, read_snapshot
+from emulator.report.result import Finder, MachineObserver, Report, Result, Snapshot, read_snapshot
 from emulator.report.violation import ReportCollector
 from emulator.scenario.config import Scenario
 from emulator.scenario.costs import modelled_cycles
@@ -87,8 +90,10 @@ class Job:
             finally:
                 # Stop the actors first: none may touch the machine once the observers have let it go.  They
                 # stop in the middle of operations that hold references and tables, so a run cannot tell what
-                # has leaked: `leak` is a violation of litmus tests alone (litmus/leftovers.py).
+                # has leaked: `leak` is a violation of litmus tests alone (litmus/leftovers.py).  But none
+                # stops within mmu_lock, so what that protects is whole.
                 run.late = emulation.stop()
+                run.audit()
                 for observer in self.observers:
                     observer.machine_down()
             crew = emulation.crew
@@ -112,6 +117,9 @@ class _Run:
         self.progress = progress
         self.stop = stop
         self.late: list[str] = []
+        # All threads ended outside of mmu_lock; the finding of the audit that follows.
+        self.quiet = False
+        self.inconsistent = ""
         self.stalls: list[str] = []
         self.elapsed = 0.0
         # Seconds by the workload's clock: `elapsed`, unless the guests set the pace.
@@ -151,8 +159,23 @@ class _Run:
                 crew.stopped.wait(self._pause())
             self.elapsed = time.monotonic() - started
             self._look_for_violations()
+            if not self.stop.is_set() and not crew.stopped.is_set() and not self.stalls:
+                self.emulation.hold_mmu()
+                self.quiet = True
         finally:
             self.emulation.release()
+
+    def audit(self) -> None:
+        """Audit the MMU's structures, once all threads have ended, of a run that ended by itself."""
+        crew = self.emulation.crew
+        if not self.quiet or self.late or crew.deaths:
+            return
+        self.inconsistent = audited(self.emulation.machine, self.emulation.vms, live=True)
+        if self.inconsistent and self.job.finder is not None:
+            self.job.finder.found(len(self.reports) + 1, self._disagreement())
+
+    def _disagreement(self) -> Report:
+        return Report(INCONSISTENT, (INCONSISTENT,), f"{INCONSISTENT}: {self.inconsistent}")
 
     def _look_for_violations(self) -> int:
         """Take the core's new reports and pass the wanted ones to the finder; return how many are new."""
@@ -230,6 +253,10 @@ class _Run:
         if self.before is not None:
             snapshot = snapshot.since(self.before[0])
             receivers = tuple(now.less(then) for now, then in zip(receivers, self.before[1], strict=True))
+        reports = self.reports.finish(self._names(), job.policy.mutants())
+        if self.inconsistent:
+            snapshot = replace(snapshot, violations={**snapshot.violations, INCONSISTENT: 1})
+            reports += (self._disagreement(),)
         # The guests go on until the machine has stopped, and their accesses count until then.
         worked = snapshot.counters["accesses"] / job._pace if job._pace else self.worked
         return Result(
@@ -240,7 +267,7 @@ class _Run:
             policy_overrides=job.policy.overrides(),
             policy_given=job.policy.given(),
             seed=job.seed,
-            reports=self.reports.finish(self._names(), job.policy.mutants()),
+            reports=reports,
             preconditions=preconditions(snapshot, self.emulation),
             cycles=modelled_cycles(
                 job.scenario.cost_table, snapshot.counters, snapshot.vms, snapshot.flushes
