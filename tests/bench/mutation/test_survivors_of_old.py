@@ -38,7 +38,7 @@ CASES = {
     # An INIT that was latched in SMM is lost.
     "drop-request@kvm_smm_changed#1": ("smm-init-latched", INCONCLUSIVE),
     # A memslot goes amid invalidations: its update does not wait, or its INVALID copy lacks a page.
-    "drop-barrier@kvm_swap_active_memslots#2": ("slot-waits-zap", "use-after-free"),
+    "drop-barrier@kvm_swap_active_memslots#2": ("slot-waits-zap", "inconsistent"),
     "narrow-end@kvm_invalidate_memslot#1": ("slot-delete-notifier", "use-after-free"),
     # A vCPU goes on in SMM with the root that it had before.
     "drop-reference@kvm_mmu_unload#1": ("smm-memory-root", "use-after-free"),
@@ -54,8 +54,8 @@ CASES = {
     "drop-operand@__kvm_mmu_faultin_pfn#4": ("log-fault-around", "lost-dirty"),
     # An invalidation that drops mmu_lock lacks a part of its range, or has not begun.
     "narrow-end@kvm_zap_gfn_range#1": ("zap-range-levels", "stale-after-revoke"),
-    "swap@kvm_handle_hva_range#1": ("smm-unmap-yields", "use-after-free"),
-    "last-sequence@kvm_handle_hva_range#1": ("smm-unmap-yields", "use-after-free"),
+    "swap@kvm_handle_hva_range#1": ("smm-unmap-yields", "inconsistent"),
+    "last-sequence@kvm_handle_hva_range#1": ("smm-unmap-yields", "inconsistent"),
     # CR0.WP is toggled without EPT, and the role stays as it was.
     "drop-not@kvm_post_set_cr0#2": ("shadow-wp-write", INCONCLUSIVE),
     # A huge page that is not split is write-protected by nothing, or outside of RCU.
