@@ -78,6 +78,9 @@ class Stateful(Exhaustive):
         self._numbers: dict[Hashable, int] = {}
         self._histories: list[int] = []  # by task
         self._versions: dict[int, int] = {}  # by object: the history of its last writer
+        # By object: the readers since, each with its history.  They may have written what the object guards
+        # for them, too: a step that writes the object is ordered after them, and may read that.
+        self._readers: dict[int, set[tuple[int, int]]] = {}
 
     @property
     def size(self) -> int:
@@ -87,24 +90,23 @@ class Stateful(Exhaustive):
     def begin(self, tasks: int) -> None:
         super().begin(tasks)
         self._histories = [0] * tasks
-        self._versions = {}
+        self._versions, self._readers = {}, {}
         for node in self.stack[: self._fresh]:
             assert isinstance(node, StatefulNode)
             self._histories[node.chosen] = node.history
-            self._wrote_by(node)
+            self._accessed_by(node)
 
     def stepped(self, task: Task) -> None:
         depth = self.depth
         super().stepped(task)
         node = self.stack[depth]
         assert isinstance(node, StatefulNode)
-        index, versions = task.index, self._versions
-        read = tuple(
-            versions.get(bit, 0) for bit in members(node.reads | node.writes) if self.states.is_read(bit)
-        )
-        told = (self._histories[index], index, task.label, tuple(task.heard), read)
+        index, versions, is_read = task.index, self._versions, self.states.is_read
+        read = tuple(versions.get(bit, 0) for bit in members(node.reads | node.writes) if is_read(bit))
+        after = tuple(frozenset(self._readers.get(bit, ())) for bit in members(node.writes) if is_read(bit))
+        told = (self._histories[index], index, task.label, tuple(task.heard), read, after)
         node.history = self._histories[index] = self._number(told)
-        self._wrote_by(node)
+        self._accessed_by(node)
         _add(node.below, index, node.reads, node.writes)
 
     def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
@@ -120,9 +122,12 @@ class Stateful(Exhaustive):
         """Return the number of a history; equal histories have one number."""
         return self._numbers.setdefault(told, len(self._numbers) + 1)
 
-    def _wrote_by(self, node: StatefulNode) -> None:
+    def _accessed_by(self, node: StatefulNode) -> None:
         for bit in members(node.writes):
             self._versions[bit] = node.history
+            self._readers.pop(bit, None)
+        for bit in members(node.reads & ~node.writes):
+            self._readers.setdefault(bit, set()).add((node.chosen, node.history))
 
     def _covered(self, node: Node) -> bool:
         if not self.stack:

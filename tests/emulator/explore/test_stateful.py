@@ -9,8 +9,8 @@ from hypothesis import given, settings
 
 from emulator.explore.strategies.dpor import Node
 from emulator.explore.strategies.search import Found, Limits, search
-from emulator.explore.strategies.stateful import Accesses, Stateful
-from tests.emulator.explore.test_dpor import BLOCKING, RETRYING, programs
+from emulator.explore.strategies.stateful import Accesses, Stateful, StatefulNode
+from tests.emulator.explore.test_dpor import BLOCKING, GUARDED, RETRYING, programs
 from tests.emulator.explore.tiny_programs import Op, Tiny, explore
 
 
@@ -39,7 +39,10 @@ class Told(Exact):
     """The tasks' histories instead of their registers; states are compared when a task is done."""
 
     def shared(self) -> Hashable:
-        return tuple(sorted(self.program.shared.items()))
+        # The registers of a task that is done belong to the outcome, and are nobody's local state any more.
+        done = (task.done for task in self.program.execution.tasks)
+        kept = tuple(tuple(mine) for mine, over in zip(self.program.registers, done, strict=False) if over)
+        return tuple(sorted(self.program.shared.items())), kept
 
     def local(self, index: int, history: int) -> Hashable:
         task = self.program.execution.tasks[index]
@@ -77,6 +80,33 @@ def test_the_same_outcomes_with_exact_states(tasks: list[list[Op]]) -> None:
 def test_the_same_outcomes_with_histories(tasks: list[list[Op]]) -> None:
     found, _ = stateful(tasks, Told)
     assert set(found.outcomes) == set(explore(*tasks).outcomes)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(programs(GUARDED))
+def test_the_same_outcomes_where_readers_of_a_lock_write(tasks: list[list[Op]]) -> None:
+    found, _ = stateful(tasks, Told)
+    assert set(found.outcomes) == set(explore(*tasks).outcomes)
+
+
+class ReadersForgotten(Stateful):
+    """A writer's history does not tell which readers came before it."""
+
+    def _accessed_by(self, node: StatefulNode) -> None:
+        super()._accessed_by(node)
+        self._readers.clear()
+
+
+def test_a_writer_may_read_what_the_readers_before_it_wrote() -> None:
+    tasks: list[list[Op]] = [
+        [("see", "l"), ("r", "y")],
+        [("r", "y"), ("mark", "l")],
+        [("see", "l"), ("w", "y", "1")],
+    ]
+    wanted = set(explore(*tasks).outcomes)
+    assert set(stateful(tasks, Told)[0].outcomes) == wanted
+    assert set(stateful(tasks, Told, ReadersForgotten)[0].outcomes) < wanted
 
 
 @pytest.mark.slow

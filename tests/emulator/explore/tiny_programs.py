@@ -17,7 +17,9 @@ class Tiny:
     """Operations: ("r", x) into the task's register; ("w", x, v); ("inc", x) reads and writes in one step;
     ("lock", x), ("unlock", x); ("wait", x, v) until x is v; ("when", x, y) once
     x is 1 reads y, in one step; ("until", x, v) retries until x is v, with a step for each look at it, and
-    ("spin", x, v) looks again in the step behind the wait.  The outcome is everything at the end."""
+    ("spin", x, v) looks again in the step behind the wait.  Two operations hold x like a lock: ("mark", x), a
+    reader, leaves a mark of the task's own; ("see", x), a writer, reads how many marks there are.  The
+    outcome is everything at the end."""
 
     def __init__(self, *tasks: Sequence[Op], objects: Objects | None = None) -> None:
         self.tasks = tasks
@@ -61,6 +63,12 @@ class Tiny:
                 elif kind == "inc":
                     execution.step((kind, x, "write"), mask, mask)
                     shared[x] = shared.get(x, 0) + 1
+                elif kind == "mark":
+                    execution.step((kind, x, "read"), mask, 0)
+                    shared[f"{x} of {i}"] = 1
+                elif kind == "see":
+                    execution.step((kind, x, "write"), 0, mask)
+                    self.registers[i].append(sum(mine for key, mine in shared.items() if f"{x} of" in key))
                 elif kind == "lock":
                     execution.step((kind, x, "write"), 0, mask, partial(self._is, x, 0), x)
                     shared[x] = 1
