@@ -121,7 +121,8 @@ def _table(comparison: Comparison) -> Iterator[str]:
     heads = "".join(f"<th>{escape(name).replace('+', '<br>+')}</th>" for name, _ in columns)
     yield from _table_head(f'<th></th>{heads}<th class="bound">{NAME}</th>')
     for section in sections((runs for _, runs in columns), comparison.plan.scenario.unit):
-        yield f'<tr class="section"><td colspan="{len(columns) + 2}">{escape(section.title)}</td></tr>'
+        title = f"<span>{escape(section.title)}</span>"
+        yield f'<tr class="section"><td colspan="{len(columns) + 2}">{title}</td></tr>'
         for row in section.rows:
             cells = "".join(_cells(row, columns))
             optimal = text_of(row, reference[row.key]) if row.key in reference else ""
