@@ -9,7 +9,7 @@
 * a page that was taken out of use has no present entry
 * the tables above an unsync table are marked, so that a sync finds it
 * a gfn's counts of write tracking and of disallowed huge pages are the numbers of tables shadowed there
-* no leaf lets the guest write to a table that is shadowed and in sync
+* no leaf of its address space lets the guest write to a table that is shadowed and in sync
 * an SPTE of such a page grants no more than the guest's entry does now
 * an MMIO SPTE of the present generation stands for a gfn in no memslot
 """
@@ -260,17 +260,23 @@ class ShadowAudit:
             yield f"gfn {gfn:#x} disallows pages of level {level} {n} times too often or too seldom"
 
     def _writable(self, sp: ShadowPage) -> Iterator[str]:
-        """Look for leafs by which the guest may write to the table that `sp` shadows."""
-        for slot in self._slots():
-            if not slot.base_gfn <= sp.gfn < slot.end_gfn:
-                continue
-            for level in span(PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL + 1):
-                for sptep in slot.arch.rmap.get((level, sp.gfn & -kvm_pages_per_hpage(level)), ()):
-                    spte = self._spte(sptep)
-                    if is_writable_pte(spte) or is_mmu_writable_spte(spte):
-                        yield f"{sp!r} is in sync, and {sptep.sp!r} lets the guest write to its table"
+        """Look for leafs by which the guest may write to the table that `sp` shadows.
+
+        Only in the page's own address space: account_shadowed() protects no leaf of the other one, where a
+        fault that comes later finds the gfn tracked.
+        """
+        slot = self.kvm.memslots[sp.role.smm].search(sp.gfn)
+        if slot is None:
+            return
+        for level in span(PG_LEVEL_4K, KVM_MAX_HUGEPAGE_LEVEL + 1):
+            for sptep in slot.arch.rmap.get((level, sp.gfn & -kvm_pages_per_hpage(level)), ()):
+                spte = self._spte(sptep)
+                if is_writable_pte(spte) or is_mmu_writable_spte(spte):
+                    yield f"{sp!r} is in sync, and {sptep.sp!r} lets the guest write to its table"
         cpu = self.machine.cpus[self.machine.pcpus]
         for root in self.kvm.tdp_mmu_roots:
+            if root.role.smm != sp.role.smm:
+                continue
             level = lib.tdp_mmu_get_walk(
                 self.m, root.hfn, root.role.level, sp.gfn, cpu.sptes, cpu.tables
             )

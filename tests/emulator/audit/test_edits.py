@@ -263,3 +263,34 @@ def test_a_lookup_that_is_overtaken(tmp_path: Path) -> None:
     assert found.counterexample is not None
     assert found.counterexample.violation is not None
     assert "by a lookup that an invalidation has overtaken" in found.counterexample.violation["text"]
+
+
+SMM_FIRST = """
+doc = "SMM has mapped a page before the guest makes a table of it: KVM protects no leaf of SMM's."
+source = "here"
+init = ["v1: smi", "v1: write 0x7c4", "v1: rsm"]
+[machine]
+ept = false
+[[vm]]
+vcpus = 2
+paging = true
+smm_slots = true
+[threads.v0]
+vcpu = 0
+ops = ["map 0x100 0x10", "read 0x100"]
+[threads.v1]
+vcpu = 1
+pcpu = 1
+ops = []
+[expect]
+needs = "nothing"
+"""
+
+
+def test_linux_leaves_smms_leafs_of_a_table_writable(tmp_path: Path) -> None:
+    """account_shadowed() protects the leafs of its own address space, in which alone the audit looks."""
+    file = tmp_path / "smm.toml"
+    file.write_text(SMM_FIRST)
+    found = explore_verdict(load_test(str(file)), named_policy("linux-7.3"), Plan(executions=5))
+    assert not found.kinds
+    assert found.executions
