@@ -146,6 +146,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "shadow-free-without-flush": ("shadow-flooded", ELIDED, "elided"),
     "shadow-guest-flush-without-sync": ("shadow-invpcid-all", SYNCED, ""),
     "shadow-guest-flush-keeps-previous": ("shadow-pge", SYNCED, ""),
+    "shadow-pcide-keeps-roots": ("shadow-pcide", SYNCED, ""),
     "shadow-direct-page-stays": ("shadow-huge-aliases", SYNCED, ""),
     "shadow-direct-shares-rights": ("shadow-huge-aliases", SYNCED, ""),
     "shadow-tracked-becomes-writable": ("shadow-tracked-table", TABLE_PROTECTED, ""),
