@@ -177,6 +177,7 @@ def _pauses(comparison: Comparison) -> Plot:
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: duration_text(x)))
         axes.xaxis.set_major_locator(LogLocator(base=10))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(visible=True)
