@@ -46,8 +46,6 @@ _FREEING: Final = frozenset({"unmap", "zap-all", "log"})
 # Turns without an instruction after which a guest is taken to be stuck.
 _TURNS: Final = 200
 _SPARE_FRAMES: Final = 64
-# With a tick at each exit, an interrupted vCPU is scheduled out until the recording has it enter again.
-_PARAMS: Final = KvmParams(fault_around=1, slice_accesses=1 << 30, exits_per_tick=1)
 _ENDS: Final = 5.0
 # The longest sleep before a look at the signals.
 _NAP: Final = 0.1
@@ -178,7 +176,9 @@ class Replay:
     def _boot(self, vm: int) -> None:
         """Make the VM as it was when the recording began: its vCPUs have run, its pages are mapped."""
         pages = self.workload.pages[vm]
-        kvm = kvm_create_vm(self.main, pages, self.policy, _PARAMS)
+        # With a tick at each exit, an interrupted vCPU is scheduled out until the recording has it enter.
+        params = KvmParams(fault_around=1, slice_accesses=1 << 30, exits_per_tick=1)
+        kvm = kvm_create_vm(self.main, pages, self.policy, params)
         kvm.mm = UserMemory(kvm)
         kvm.x86_ops = cast("KvmX86Ops", _Counting(self, kvm.x86_ops))
         self.kvms.append(kvm)

@@ -1,7 +1,7 @@
 """Which scenario catches which mutant of the shadow MMU on real threads, and with which delays.
 
-With a minute for each, one run in two or more catches the mutant on a machine of two busy cores; most do in
-seconds.
+With a minute for each, one run in two or more of STORMS catches the mutant on a machine of two busy cores;
+most do in seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ class Storm(NamedTuple):
 _TABLES: Final = Storm("table-churn", "guest_invalidations")
 
 STORMS: Final[dict[str, Storm]] = {
-    # A fault on an MMIO SPTE walks without a lock, while the pages of the deleted slot's roots are freed.
-    "reader-not-awaited": Storm("device-slots", "guest_invalidations", chaos=30),
-    "reader-without-mode": Storm("device-slots", "guest_invalidations", chaos=30),
     "shadow-account-without-flush": _TABLES,
     "shadow-free-without-flush": _TABLES,
     "shadow-guest-flush-keeps-previous": Storm("table-churn", "guest_switches"),
@@ -34,7 +31,6 @@ STORMS: Final[dict[str, Storm]] = {
     "shadow-invlpg-without-sync": _TABLES,
     "shadow-invpcid-current-only": _TABLES,
     "shadow-invpcid-retains-roots": _TABLES,
-    "shadow-link-before-sync": Storm("table-churn", "guest_switches"),
     "shadow-load-without-sync": Storm("table-churn", "guest_switches"),
     "shadow-log-get-without-rmaps": _TABLES,
     "shadow-log-skips-huge": Storm("huge-churn", "guest_invalidations"),
@@ -42,22 +38,16 @@ STORMS: Final[dict[str, Storm]] = {
     "shadow-pae-root-without-flush": Storm("table-churn", "vm_entries"),
     "shadow-pcid-keeps-previous-roots": _TABLES,
     "shadow-pge-flushes-current": _TABLES,
-    # A page that the host lets KVM only read must be a neighbour of one that a guest faults on.
-    "shadow-prefetch-assumes-writable": Storm("shadow", "frames_freed", chaos=100),
     "shadow-prefetch-while-invalidating": Storm("table-churn", "frames_freed"),
     # A page must become a table between the loss of W, as logging begins, and the flush.
     "shadow-protect-forgets-mmu-writable": Storm("logged-tables", "guest_invalidations", chaos=30),
     "shadow-recover-without-flush": Storm("log-toggles", "frames_freed"),
     "shadow-recycle-without-flush": _TABLES,
     "shadow-smm-keeps-paging": Storm("table-churn", "vm_entries"),
-    "shadow-store-without-flush": Storm("huge-unmaps", "guest_invalidations"),
     "shadow-switch-without-sync": Storm("table-churn", "guest_switches"),
     "shadow-sync-keeps-rights": _TABLES,
-    # Another vCPU must use a page between the flush that protects its table and the sync that drops its SPTE:
-    # some microseconds, without delays.
-    "shadow-sync-without-flush": Storm("late-threads", "guest_invalidations", chaos=30),
     "shadow-sync-without-protect-flush": _TABLES,
-    "shadow-tracked-becomes-writable": _TABLES,
+    "shadow-tracked-becomes-writable": Storm("table-churn", "vm_entries"),
     "shadow-unmap-without-flush": Storm("table-churn", "frames_freed"),
     "shadow-unsync-after-spte": _TABLES,
     "shadow-yield-without-flush": Storm("table-churn", "frames_freed"),
@@ -77,8 +67,23 @@ ARGUED: Final[dict[str, str]] = {
     ),
 }
 
+# Caught in some runs of a minute only: too few for a test, which would fail now and then.
+RARE: Final[dict[str, Storm]] = {
+    # A fault on an MMIO SPTE walks without a lock, while the pages of the deleted slot's roots are freed.
+    "reader-not-awaited": Storm("device-slots", "guest_invalidations", chaos=30),
+    "reader-without-mode": Storm("device-slots", "guest_invalidations", chaos=30),
+    "shadow-link-before-sync": Storm("table-churn", "guest_switches"),
+    # A page that the host lets KVM only read must be a neighbour of one that a guest faults on.
+    "shadow-prefetch-assumes-writable": Storm("shadow", "frames_freed", chaos=100),
+    "shadow-store-without-flush": Storm("huge-unmaps", "guest_invalidations"),
+    # Another vCPU must use a page between the flush that protects its table and the sync that drops its SPTE:
+    # some microseconds, without delays.
+    "shadow-sync-without-flush": Storm("late-threads", "guest_invalidations", chaos=30),
+}
+
 # Mutants that no scenario has caught within a minute; a litmus test does.
 MISSED: Final[dict[str, str]] = {
     "shadow-direct-page-stays": "No guest maps a huge page twice, with different rights.",
+    "shadow-pcide-keeps-roots": "Guests set CR4.PCIDE once, as they boot.",
     "shadow-direct-shares-rights": "No guest maps a huge page twice, with different rights.",
 }

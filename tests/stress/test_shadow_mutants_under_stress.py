@@ -19,7 +19,7 @@ import pytest
 from emulator.job.job import Job
 from emulator.policy import MUTANTS, preset
 from emulator.scenario.config import load_scenario
-from tests.stress.shadow_storms import ARGUED, MISSED, STORMS
+from tests.stress.shadow_storms import ARGUED, MISSED, RARE, STORMS
 
 SECONDS = 60.0
 SEEDS = range(1, 5)
@@ -27,7 +27,7 @@ SEEDS = range(1, 5)
 
 def test_each_mutant_of_the_shadow_mmu_has_a_scenario_or_a_reason() -> None:
     mutants = {name for name in MUTANTS if name.startswith(("shadow-", "reader-"))}
-    assert sorted([*STORMS, *ARGUED, *MISSED]) == sorted(mutants)
+    assert sorted([*STORMS, *RARE, *ARGUED, *MISSED]) == sorted(mutants)
 
 
 @pytest.mark.stress

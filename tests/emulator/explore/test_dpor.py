@@ -120,7 +120,7 @@ BLOCKING = st.one_of(
     st.tuples(st.just("wait"), VARIABLES, st.sampled_from(["0", "1", "2"])),
     st.tuples(st.just("when"), VARIABLES, VARIABLES),
 )
-# What readers of a lock write is read by its writer.
+# The writer of a lock reads the marks that its readers leave.
 GUARDED = st.one_of(
     st.tuples(st.sampled_from(["mark", "see"]), st.sampled_from(["l", "m"])),
     st.tuples(st.sampled_from(["mark", "see"]), st.sampled_from(["l", "m"])),

@@ -369,4 +369,6 @@ ops = ["wait v0 2", "log-get", "log-disarm", "log-arm"]
     ],
 )
 def test_lost_marks_are_found_by_the_reduced_search(test: str, policy: str) -> None:
-    assert searched(test, policy, 200, bound=2)[0].outcome == "lost-dirty"
+    outcome = searched(test, policy, 200, bound=2)[0].outcome
+    # The audit at the end of an execution sees the SPTE that may be written to unmarked.
+    assert outcome == "lost-dirty" or "is not marked in the dirty log" in outcome

@@ -228,7 +228,7 @@ def test_a_race_with_retries_is_proved_in_a_few_executions() -> None:
     assert found.met
     assert found.states > 100
     assert found.executions < 2000
-    assert f"in any interleaving: {found.rounds[-1]['executions']} executions, behind" in found.summary()
+    assert f"in any interleaving: {found.rounds[-1]['executions']:,} executions, behind" in found.summary()
     assert found.document()["stateless"] is None
 
 

@@ -57,9 +57,12 @@ def test_a_log_that_misses_pages_is_caught(name: str, monkeypatch: pytest.Monkey
 
 
 def test_what_is_logged_all_the_same_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Aging has taken the permissions before, and arming flushes: the write faults and is logged."""
+    """Aging has taken the permissions before, and arming flushes: the write faults and is logged.
+
+    The audit at the end finds pages that were left writable.
+    """
     forget_to_protect(monkeypatch)
-    assert run_test(load_test("log-arm-aged"), Policy(), 5).kinds == {}
+    assert run_test(load_test("log-arm-aged"), Policy(), 5).kinds.keys() == {"inconsistent"}
 
 
 @pytest.mark.slow
