@@ -39,8 +39,6 @@ STORMS: Final[dict[str, Storm]] = {
     "shadow-pcid-keeps-previous-roots": _TABLES,
     "shadow-pge-flushes-current": _TABLES,
     "shadow-prefetch-while-invalidating": Storm("table-churn", "frames_freed"),
-    # A page must become a table between the loss of W, as logging begins, and the flush.
-    "shadow-protect-forgets-mmu-writable": Storm("logged-tables", "guest_invalidations", chaos=30),
     "shadow-recover-without-flush": Storm("log-toggles", "frames_freed"),
     "shadow-recycle-without-flush": _TABLES,
     "shadow-smm-keeps-paging": Storm("table-churn", "vm_entries"),
@@ -67,7 +65,7 @@ ARGUED: Final[dict[str, str]] = {
     ),
 }
 
-# Caught in some runs of a minute only: too few for a test, which would fail now and then.
+# Caught in some runs only, or after tens of seconds: too seldom for a test, which would fail now and then.
 RARE: Final[dict[str, Storm]] = {
     # A fault on an MMIO SPTE walks without a lock, while the pages of the deleted slot's roots are freed.
     "reader-not-awaited": Storm("device-slots", "guest_invalidations", chaos=30),
@@ -75,6 +73,8 @@ RARE: Final[dict[str, Storm]] = {
     "shadow-link-before-sync": Storm("table-churn", "guest_switches"),
     # A page that the host lets KVM only read must be a neighbour of one that a guest faults on.
     "shadow-prefetch-assumes-writable": Storm("shadow", "frames_freed", chaos=100),
+    # A page must become a table between the loss of W, as logging begins, and the flush.
+    "shadow-protect-forgets-mmu-writable": Storm("logged-tables", "guest_invalidations", chaos=30),
     "shadow-store-without-flush": Storm("huge-unmaps", "guest_invalidations"),
     # Another vCPU must use a page between the flush that protects its table and the sync that drops its SPTE:
     # some microseconds, without delays.
