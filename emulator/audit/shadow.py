@@ -184,6 +184,8 @@ class ShadowAudit:
             yield f"entry {index} of {sp!r} leads to {child!r}, and the guest's entry is {gpte:#x}"
 
     def _mmio(self, sptep: Sptep, spte: int) -> Iterator[str]:
+        if self.live:
+            return  # a memslot may just have come, and its update may have more to do
         slots, gfn = self.kvm.memslots[sptep.sp.role.smm], Gfn(get_mmio_spte_gfn(spte))
         replaced = slots.generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
         if replaced or get_mmio_spte_generation(spte) != slots.generation & MMIO_SPTE_GEN_MASK:

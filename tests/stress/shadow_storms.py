@@ -18,7 +18,7 @@ class Storm(NamedTuple):
     chaos: int = 0
 
 
-_TABLES: Final = Storm("table-churn", "guest_invalidations")
+_TABLES: Final = Storm("table-churn", "vm_entries")
 
 STORMS: Final[dict[str, Storm]] = {
     "shadow-account-without-flush": _TABLES,
