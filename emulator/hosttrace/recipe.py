@@ -44,6 +44,17 @@ def _without_probes(place: str) -> str:
     return "\n".join(f"echo '-:flushlab/{function}' >>{place}/kprobe_events" for function, _ in PROBES)
 
 
+def _events(probes: str) -> str:
+    """Return the lines that set $events to the options for the probes and for the tracepoints that exist."""
+    return f"""\
+events="-e {probes}"
+for e in {" ".join(TRACEPOINTS)}
+do
+\t# {_OLDER}
+\t[ ! -e $T/events/${{e%:*}}/${{e#*:}} ] || events="$events -e $e"
+done"""
+
+
 def trace_recipe() -> str:
     """Return a shell script for a recording of ten seconds with ftrace alone."""
     names = " ".join(TRACEPOINTS).replace(":", "/")
@@ -77,7 +88,6 @@ rmdir $I
 
 def trace_cmd_recipe() -> str:
     """Return a shell script for a recording of ten seconds with trace-cmd."""
-    names = " ".join(TRACEPOINTS)
     return f"""\
 #!/bin/sh
 # Record KVM's flushes and their causes for {SECONDS} s, as root; then: flushlab import trace.dat
@@ -85,12 +95,7 @@ def trace_cmd_recipe() -> str:
 # `trace-cmd report` prints no processes: record one VM at a time, or take `--recipe perf` or `trace`.
 T=/sys/kernel/tracing
 {_probes("$T")}
-events="-e flushlab"
-for e in {names}
-do
-\t# {_OLDER}
-\t[ ! -e $T/events/${{e%:*}}/${{e#*:}} ] || events="$events -e $e"
-done
+{_events("flushlab")}
 trace-cmd record -C mono -b 16384 -o trace.dat $events sleep {SECONDS}
 {_without_probes("$T")}
 """
@@ -98,19 +103,13 @@ trace-cmd record -C mono -b 16384 -o trace.dat $events sleep {SECONDS}
 
 def perf_recipe() -> str:
     """Return a shell script for a recording of ten seconds with perf."""
-    names = " ".join(TRACEPOINTS)
     return f"""\
 #!/bin/sh
 # Record KVM's flushes and their causes for {SECONDS} s, as root; then: flushlab import perf.data
 # Without perf on the machine that imports: perf script --ns -F +pid -i perf.data >kvm.trace
 T=/sys/kernel/tracing
 {_probes("$T")}
-events="-e flushlab:*"
-for e in {names}
-do
-\t# {_OLDER}
-\t[ ! -e $T/events/${{e%:*}}/${{e#*:}} ] || events="$events -e $e"
-done
+{_events("flushlab:*")}
 perf record -a -k CLOCK_MONOTONIC -m 4M -o perf.data $events -- sleep {SECONDS}
 {_without_probes("$T")}
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from .driver import VmCounts
+from .driver import Driver, VmCounts
 from .lines import VCPU_KEYS, Expected, Line
 
 
@@ -62,6 +62,20 @@ def fewest(line: Line, vcpus: int, due: int) -> int:
     """
     merged = line.merged if vcpus <= max(line.vcpus) else 2 * line.merged
     return max(1, ceil(due * (1 - merged)))
+
+
+def compared(driver: Driver, line: Line, vcpus: int, preset: str) -> list[str]:
+    """Run a line's operation on a machine of its own; return the problems."""
+    vms = range(max(line.machine.vms, 1))
+    with driver.boot(line.machine, vcpus, preset) as bench:
+        for step in line.setup:
+            bench.step(step)
+            bench.settle()
+        before = [bench.counts(vm) for vm in vms]
+        result = bench.step(line.do)
+        bench.settle()
+        counts = [bench.counts(vm).since(before[vm]) for vm in vms]
+    return problems(line, vcpus, result, counts)
 
 
 def problems(line: Line, vcpus: int, result: int, counts: list[VmCounts]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from .compare import problems
+from .compare import compared
 from .driver import find_driver
 from .lines import Line, load
 
@@ -89,14 +89,4 @@ def test_counts_follow_from_the_kernels_code(name: str, more: int) -> None:
     driver = find_driver()
     assert driver is not None
     line = without_ept(LINES[name], more)
-    vcpus = line.vcpus[-1]
-    vms = range(max(line.machine.vms, 1))
-    with driver.boot(line.machine, vcpus, "linux-6.12") as bench:
-        for step in line.setup:
-            bench.step(step)
-            bench.settle()
-        before = [bench.counts(vm) for vm in vms]
-        result = bench.step(line.do)
-        bench.settle()
-        counts = [bench.counts(vm).since(before[vm]) for vm in vms]
-    assert problems(line, vcpus, result, counts) == []
+    assert compared(driver, line, line.vcpus[-1], "linux-6.12") == []

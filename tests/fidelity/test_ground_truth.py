@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .compare import problems
+from .compare import compared
 from .driver import find_driver
 from .lines import Line, load
 
@@ -48,13 +48,4 @@ def check(line: Line, vcpus: int, preset: str) -> None:
         pytest.skip("this emulator has no emulator.job.job to run operations on")
     if missing := line.needs - driver.capabilities:
         pytest.skip(f"not modelled: {', '.join(sorted(missing))}")
-    vms = range(max(line.machine.vms, 1))
-    with driver.boot(line.machine, vcpus, preset) as bench:
-        for step in line.setup:
-            bench.step(step)
-            bench.settle()
-        before = [bench.counts(vm) for vm in vms]
-        result = bench.step(line.do)
-        bench.settle()
-        counts = [bench.counts(vm).since(before[vm]) for vm in vms]
-    assert problems(line, vcpus, result, counts) == []
+    assert compared(driver, line, vcpus, preset) == []
