@@ -9,9 +9,9 @@ executions find early a violation that an exhaustive search of a large program w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.machine.lib import instrument
@@ -20,16 +20,11 @@ from emulator.explore.machine.patched_code import kept_in_proposals, unwatched_s
 from emulator.explore.machine.policy_code import unwatched
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
 from emulator.explore.machine.program import LitmusProgram
-from emulator.explore.machine.states import MachineStates, hear, stateless
-from emulator.explore.results.minimize import minimized
+from emulator.explore.machine.states import hear, stateless
 from emulator.explore.results.record import Recording, record
+from emulator.explore.results.rounds import WALKS, exhaustively, sampled
 from emulator.explore.results.workers import Team
-from emulator.explore.strategies.dpor import Exhaustive
-from emulator.explore.strategies.sampling import Pct, Pos, RandomWalk, Sampler, Surw
-from emulator.explore.strategies.search import Found, Limits, search
-from emulator.explore.strategies.stateful import Stateful
-from emulator.explore.strategies.subtree import RUNS
-from emulator.explore.strategies.tree import wide_search
+from emulator.explore.strategies.search import Limits
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.verdict import BOUNDED, FAILED, SEARCHED, VIOLATIONS
@@ -40,14 +35,9 @@ from emulator.report.cases import Case, Ending
 
 # The `limit` of a search that a signal has ended.
 INTERRUPTED = "interrupted"
-WALKS: Final[Mapping[str, Callable[[int, int], Sampler]]] = {"pos": Pos, "surw": Surw, "random": RandomWalk}
 STRATEGIES = ("exhaustive", "pct", *WALKS)
-# Sampled executions of each kind that the exhaustive strategy begins with.
-PROBES = 200
 # How often the first execution is repeated with a user's policy: with new programs, and within each.
 _BEGINNINGS, _REPETITIONS = 2, 4
-# A program with at most this number of executions is searched at once.
-SMALL = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +256,9 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, t
     try:
         with instrument(program.control), Team(program, jobs, stop, told) as team:
             if verdict.plan.strategy == "exhaustive":
-                _exhaustively(program, verdict, team, stop)
+                exhaustively(program, verdict, team, stop)
             else:
-                _sampled(program, verdict, stop)
+                sampled(program, verdict, stop)
         if reads is not None:
             reads.check()
     except Grown:
@@ -328,127 +318,3 @@ def _unsteady(policy: Policy, error: Divergence) -> Exception:
         return error
     found = f"the same steps went on in another way when they were repeated ({error})"
     return PolicyError(policy.spelled(), found, "answers that depend only on the events before them")
-
-
-def _exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop) -> None:
-    plan = verdict.plan
-    bounds: list[int | None] = [*range(plan.rounds), None]
-    if plan.bound is not None:
-        bounds = list(range(plan.bound + 1))
-    if plan.bound is None and _probed(program, verdict, stop):
-        return
-    if plan.stateful and not verdict.stateless:
-        _statefully(program, verdict, stop)
-        return
-    for number, bound in enumerate(bounds):
-        left = plan.executions - verdict.executions
-        if left <= 0:
-            return
-        # Leave some for the bounds to come, in case this one is out of reach.
-        budget = left if number == len(bounds) - 1 else max(1, left // 4)
-        found = wide_search(program, program.objects, bound, Limits(executions=budget), bool, team, stop)
-        _add(verdict, found, bound, "exhaustive")
-        if found.schedule is not None:
-            _violated(program, verdict, found)
-            return
-        if found.complete and (bound is None or not found.bounded_away):
-            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
-            return
-        if found.complete:
-            verdict.verdict, verdict.bound = BOUNDED, bound
-        elif plan.bound is not None:
-            return  # the next bound would be out of reach as well
-
-
-def _statefully(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
-    """Search all interleavings, but the continuations of each state only once."""
-    budget = verdict.plan.executions - verdict.executions
-    if budget <= 0:
-        return
-    strategy = Stateful(program.objects, MachineStates(program), has_met=verdict.met > 0)
-    limits = Limits(executions=budget, runs=RUNS * budget)
-    found = search(program, program.objects, strategy, limits, bool, stop)
-    _add(verdict, found, None, "stateful")
-    verdict.states = strategy.size
-    if found.schedule is not None:
-        _violated(program, verdict, found)
-    elif found.complete:
-        verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
-
-
-def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
-    """Search all executions if they are few, else sample some.  Return whether that decided the verdict."""
-    plan = verdict.plan
-    n = min(PROBES, plan.executions // 10)
-    probes: list[tuple[str, Exhaustive | Sampler]] = [
-        ("exhaustive", Exhaustive(program.objects, bound=0)),
-        ("exhaustive", Exhaustive(program.objects)),
-    ]
-    if n:
-        probes += [("pct", Pct(n, plan.seed, plan.depth)), ("random", RandomWalk(n // 2 + 1, plan.seed))]
-    for name, strategy in probes:
-        budget = min(n, SMALL) + 1 if isinstance(strategy, Exhaustive) else n
-        budget = min(budget, plan.executions - verdict.executions)
-        if not budget:
-            return False
-        found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
-        _add(verdict, found, strategy.bound, name)
-        if found.schedule is not None:
-            _violated(program, verdict, found)
-            return True
-        if found.complete and isinstance(strategy, Exhaustive) and not strategy.bounded_away:
-            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
-            return True
-    return False
-
-
-def _sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
-    plan = verdict.plan
-    strategy: Sampler
-    if plan.strategy == "pct":
-        strategy = Pct(plan.executions, plan.seed, plan.depth)
-    else:
-        strategy = WALKS[plan.strategy](plan.executions, plan.seed)
-    found = search(program, program.objects, strategy, Limits(), bool, stop)
-    _add(verdict, found, None, plan.strategy)
-    if isinstance(strategy, Pct) and found.executions and not found.too_long:
-        verdict.guarantee = strategy.guarantee()
-    if found.schedule is not None:
-        _violated(program, verdict, found)
-
-
-def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> None:
-    verdict.executions += found.executions
-    verdict.pruned += found.pruned
-    verdict.steps += found.steps
-    verdict.depth = max(verdict.depth, found.depth)
-    verdict.met += found.met
-    verdict.cut_off += found.too_long
-    verdict.evidence.update(found.evidence)
-    verdict.rounds.append(
-        {
-            "strategy": strategy,
-            "preemption_bound": bound,
-            "executions": found.executions,
-            "pruned": found.pruned,
-            "depth": found.depth,
-            "complete": found.complete,
-        }
-    )
-
-
-def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
-    assert found.schedule is not None
-    schedule = found.schedule
-    if program.reads is not None:
-        program.reads.frozen = True
-    if verdict.plan.minimize:
-        schedule = minimized(program, schedule, found.outcome)
-    recording = record(program, schedule)
-    if recording.violation is None:
-        raise Divergence(f"{found.outcome} did not come again")
-    verdict.verdict = VIOLATIONS
-    verdict.kinds = (found.outcome,)
-    verdict.counterexample = recording
-    if verdict.counterexample.kinds:
-        verdict.kinds = verdict.counterexample.kinds

@@ -187,7 +187,8 @@ def test_one_line_tells_proofs_from_what_tested_nothing(
 def test_executions_that_are_cut_off_prove_nothing_and_are_told(
     strategy: Literal["exhaustive", "pct"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emulator.explore.results.verdict.Limits", partial(Limits, steps=20))
+    for module in ("rounds", "verdict"):
+        monkeypatch.setattr(f"emulator.explore.results.{module}.Limits", partial(Limits, steps=20))
     found = explore_verdict(
         load_test("return-zap"), named_policy("linux-7.3"), Plan(executions=10, strategy=strategy)
     )

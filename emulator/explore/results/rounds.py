@@ -1,0 +1,156 @@
+"""The rounds of a search: the strategies that run one after the other, each with its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from emulator.explore.engine.scheduler import Divergence
+from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.machine.states import MachineStates
+from emulator.explore.results.minimize import minimized
+from emulator.explore.results.record import record
+from emulator.explore.results.workers import Team
+from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.sampling import Pct, Pos, RandomWalk, Sampler, Surw
+from emulator.explore.strategies.search import Found, Limits, search
+from emulator.explore.strategies.stateful import Stateful
+from emulator.explore.strategies.subtree import RUNS
+from emulator.explore.strategies.tree import wide_search
+from emulator.litmus.model import SAFE
+from emulator.litmus.verdict import BOUNDED, VIOLATIONS
+
+if TYPE_CHECKING:
+    from emulator.explore.results.verdict import Verdict
+
+Stop = Callable[[], bool]
+
+WALKS: Final[Mapping[str, Callable[[int, int], Sampler]]] = {"pos": Pos, "surw": Surw, "random": RandomWalk}
+# Sampled executions of each kind that the exhaustive strategy begins with.
+PROBES: Final = 200
+# A program with at most this number of executions is searched at once.
+SMALL: Final = 60
+
+
+def exhaustively(program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop) -> None:
+    plan = verdict.plan
+    bounds: list[int | None] = [*range(plan.rounds), None]
+    if plan.bound is not None:
+        bounds = list(range(plan.bound + 1))
+    if plan.bound is None and _probed(program, verdict, stop):
+        return
+    if plan.stateful and not verdict.stateless:
+        _statefully(program, verdict, stop)
+        return
+    for number, bound in enumerate(bounds):
+        left = plan.executions - verdict.executions
+        if left <= 0:
+            return
+        # Leave some for the bounds to come, in case this one is out of reach.
+        budget = left if number == len(bounds) - 1 else max(1, left // 4)
+        found = wide_search(program, program.objects, bound, Limits(executions=budget), bool, team, stop)
+        _add(verdict, found, bound, "exhaustive")
+        if found.schedule is not None:
+            _violated(program, verdict, found)
+            return
+        if found.complete and (bound is None or not found.bounded_away):
+            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+            return
+        if found.complete:
+            verdict.verdict, verdict.bound = BOUNDED, bound
+        elif plan.bound is not None:
+            return  # the next bound would be out of reach as well
+
+
+def _statefully(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+    """Search all interleavings, but the continuations of each state only once."""
+    budget = verdict.plan.executions - verdict.executions
+    if budget <= 0:
+        return
+    strategy = Stateful(program.objects, MachineStates(program), has_met=verdict.met > 0)
+    limits = Limits(executions=budget, runs=RUNS * budget)
+    found = search(program, program.objects, strategy, limits, bool, stop)
+    _add(verdict, found, None, "stateful")
+    verdict.states = strategy.size
+    if found.schedule is not None:
+        _violated(program, verdict, found)
+    elif found.complete:
+        verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+
+
+def _probed(program: LitmusProgram, verdict: Verdict, stop: Stop) -> bool:
+    """Search all executions if they are few, else sample some.  Return whether that decided the verdict."""
+    plan = verdict.plan
+    n = min(PROBES, plan.executions // 10)
+    probes: list[tuple[str, Exhaustive | Sampler]] = [
+        ("exhaustive", Exhaustive(program.objects, bound=0)),
+        ("exhaustive", Exhaustive(program.objects)),
+    ]
+    if n:
+        probes += [("pct", Pct(n, plan.seed, plan.depth)), ("random", RandomWalk(n // 2 + 1, plan.seed))]
+    for name, strategy in probes:
+        budget = min(n, SMALL) + 1 if isinstance(strategy, Exhaustive) else n
+        budget = min(budget, plan.executions - verdict.executions)
+        if not budget:
+            return False
+        found = search(program, program.objects, strategy, Limits(executions=budget), bool, stop)
+        _add(verdict, found, strategy.bound, name)
+        if found.schedule is not None:
+            _violated(program, verdict, found)
+            return True
+        if found.complete and isinstance(strategy, Exhaustive) and not strategy.bounded_away:
+            verdict.verdict, verdict.complete, verdict.bound = SAFE, True, None
+            return True
+    return False
+
+
+def sampled(program: LitmusProgram, verdict: Verdict, stop: Stop) -> None:
+    plan = verdict.plan
+    strategy: Sampler
+    if plan.strategy == "pct":
+        strategy = Pct(plan.executions, plan.seed, plan.depth)
+    else:
+        strategy = WALKS[plan.strategy](plan.executions, plan.seed)
+    found = search(program, program.objects, strategy, Limits(), bool, stop)
+    _add(verdict, found, None, plan.strategy)
+    if isinstance(strategy, Pct) and found.executions and not found.too_long:
+        verdict.guarantee = strategy.guarantee()
+    if found.schedule is not None:
+        _violated(program, verdict, found)
+
+
+def _add(verdict: Verdict, found: Found, bound: int | None, strategy: str) -> None:
+    verdict.executions += found.executions
+    verdict.pruned += found.pruned
+    verdict.steps += found.steps
+    verdict.depth = max(verdict.depth, found.depth)
+    verdict.met += found.met
+    verdict.cut_off += found.too_long
+    verdict.evidence.update(found.evidence)
+    verdict.rounds.append(
+        {
+            "strategy": strategy,
+            "preemption_bound": bound,
+            "executions": found.executions,
+            "pruned": found.pruned,
+            "depth": found.depth,
+            "complete": found.complete,
+        }
+    )
+
+
+def _violated(program: LitmusProgram, verdict: Verdict, found: Found) -> None:
+    assert found.schedule is not None
+    schedule = found.schedule
+    if program.reads is not None:
+        program.reads.frozen = True
+    if verdict.plan.minimize:
+        schedule = minimized(program, schedule, found.outcome)
+    recording = record(program, schedule)
+    if recording.violation is None:
+        raise Divergence(f"{found.outcome} did not come again")
+    verdict.verdict = VIOLATIONS
+    verdict.kinds = (found.outcome,)
+    verdict.counterexample = recording
+    if verdict.counterexample.kinds:
+        verdict.kinds = verdict.counterexample.kinds
