@@ -51,6 +51,15 @@ RepeatOption = Annotated[
     int,
     typer.Option(min=1, max=1000, metavar="N", help="Run each policy N times, and show medians and spreads."),
 ]
+UnitsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="End each run after N operations of the scenario's unit, such as migrations. --duration is the "
+        "most that a run takes.",
+    ),
+]
 SensitivityOption = Annotated[
     bool,
     typer.Option(
@@ -68,6 +77,7 @@ def compare(
     policies: PoliciesOption = None,
     repeat: RepeatOption = 1,
     duration: DurationOption = None,
+    units: UnitsOption = None,
     as_json: JsonOption = False,
     html: HtmlOption = None,
     sensitivity: SensitivityOption = False,
@@ -97,11 +107,13 @@ def compare(
     check_html(html)
     if options.given:
         expected = "a comparison without --vary, --store, --shard, --table and --cluster"
-        refuse(context, {"sensitivity", "kernel"}, "with a sweep", expected)
+        refuse(context, {"sensitivity", "kernel", "units"}, "with a sweep", expected)
         sweep = _sweep(scenario, chosen, repeat, duration, options, as_json=as_json, html=html)
         raise typer.Exit(run_sweep(sweep))
     refuse(context, {"jobs", "figures"}, "without a sweep", "--vary, --store, --shard or --table beside it")
     shape = load_scaled(scenario, options.pcpus, options.ept, options.costs)
+    if units is not None and shape.unit is None:
+        raise BadInput("--units", f"found {units}", f"a scenario with a unit, which {shape.name} has not")
     limits.check(shape)
     for policy in chosen:
         check_suits(policy, shape.name, **shape.kind_of_host)
@@ -116,6 +128,7 @@ def compare(
         sensitivity=sensitivity,
         costs=options.costs,
         named=(scenario, tuple(policies or ())),
+        units=units,
     )
     if kernel is None:
         raise typer.Exit(_compare(plan, as_json, html))

@@ -27,6 +27,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "unit": plan.scenario.unit,
         "pace_accesses_per_second": plan.scenario.pace * 1e6,
         "duration_seconds": plan.duration,
+        **({"units": plan.units} if plan.units is not None else {}),
         "seed": plan.seed,
         "repeat": plan.repeat,
         "baseline": comparison.baseline,

@@ -82,9 +82,7 @@ def _subtitle(comparison: Comparison) -> str:
     plan = comparison.plan
     scenario = plan.scenario
     machine = f"{scenario.machine.pcpus} pCPUs, {scenario.vms} VMs, {scenario.vcpus} vCPUs"
-    length = f"{plan.duration:g} s"
-    if scenario.pace:
-        length += f" of {scenario.pace:g} million guest accesses each, so that all meet the same work"
+    length = plan.length + (", so that all meet the same work" if scenario.pace else "")
     interrupted = " Interrupted." if comparison.interrupted else ""
     runs = f"{plan.repeat} run{'s' if plan.repeat > 1 else ''} per policy"
     return f"Scenario {scenario.name}: {machine}; {length}; {runs}, seed {plan.seed}.{interrupted}"
@@ -219,6 +217,8 @@ def command_line(comparison: Comparison) -> str:
     words += ["--pcpus", str(plan.scenario.machine.pcpus), "--duration", f"{plan.duration:g}s"]
     words += ["--ept" if plan.scenario.machine.ept else "--no-ept"]
     words += ["--repeat", str(plan.repeat), "--seed", str(plan.seed)]
+    if plan.units is not None:
+        words += ["--units", str(plan.units)]
     if plan.costs is not None:
         words += ["--costs", str(plan.costs)]
     if plan.sensitivity:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emulator.compare.bound import Bound, oracle_optimal
-from emulator.report.result import Result
+from emulator.report.result import Result, Snapshot
 from emulator.scenario.config import Scenario
 
 MILLION = 1e6
@@ -45,9 +45,8 @@ class Measurement:
     values: dict[str, float]
 
 
-def units_of(result: Result, scenario: Scenario) -> int:
+def units_of(snapshot: Snapshot, scenario: Scenario) -> int:
     """Return the number of operations of the scenario's unit in a run."""
-    snapshot = result.snapshot
     counts = {
         "migrations": lambda: snapshot.kvm("migrations"),
         "root allocations": lambda: snapshot.kvm("roots_allocated"),
@@ -68,7 +67,7 @@ def measure(result: Result, scenario: Scenario) -> Measurement:
     per_million = MILLION / max(snapshot.counters["accesses"], 1)
     values = {f"{key}/M": count * per_million for key, count in _counts(result, bound).items()}
     values |= _pauses(result)
-    units = units_of(result, scenario)
+    units = units_of(snapshot, scenario)
     if scenario.unit:
         values["units"] = float(units)
         values |= {f"{key}/unit": count / max(units, 1) for key, count in _per_unit(result, bound).items()}

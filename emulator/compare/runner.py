@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.compare.bound import Bound
-from emulator.compare.measure import Measurement, measure
+from emulator.compare.measure import Measurement, measure, units_of
 from emulator.compare.rows import singular
 from emulator.job.job import Job
 from emulator.policy import Policy
@@ -53,6 +53,8 @@ class Plan:
     costs: Path | None = None
     # The user's names of the scenario and the policies, for the command that runs the comparison again.
     named: tuple[str, tuple[str, ...]] | None = None
+    # Operations of the scenario's unit after which a run ends; None: `duration` alone ends it.
+    units: int | None = None
 
     @property
     def runs(self) -> int:
@@ -69,6 +71,14 @@ class Plan:
         return (
             ("/unit", singular(unit)) if unit and not self.scenario.pace else ("/M", "million guest accesses")
         )
+
+    @property
+    def length(self) -> str:
+        """Return the end of each run, in words."""
+        seconds, pace = f"{self.duration:g} s", self.scenario.pace
+        if pace:
+            seconds += f" of {pace:g} M guest accesses each"
+        return f"{self.units:,} {self.scenario.unit} or {seconds}" if self.units else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +120,19 @@ class Comparison:
 
 
 def paced_job(
-    scenario: Scenario, policy: Policy, seed: int, duration: float, *, chaos: int, unbounded: bool
+    scenario: Scenario,
+    policy: Policy,
+    seed: int,
+    duration: float,
+    *,
+    chaos: int,
+    unbounded: bool,
+    units: int | None = None,
 ) -> Job:
-    """Return a run with costs that can be compared: it counts after the boot only, at the scenario's pace."""
+    """Return a run with costs that can be compared: it counts after the boot only, at the scenario's pace.
+
+    units: operations of the scenario's unit that end it before its duration.
+    """
     pace = scenario.pace * 1e6
     return Job(
         scenario,
@@ -124,6 +144,7 @@ def paced_job(
         settle=_SETTLE,
         pace=pace,
         wall_limit=duration * _WALL_FACTOR + _WALL_EXTRA if pace else None,
+        until=None if units is None else lambda counts: units_of(counts, scenario) >= units,
     )
 
 
@@ -149,7 +170,7 @@ class Comparer:
                 result = self._run_one(policy, repetition, stop)
                 if stop.is_set():
                     return Comparison(plan, measurements, interrupted=True, cut_short=tuple(cut_short))
-                if result.worked < plan.duration and not result.failure:
+                if not self._complete(result) and not result.failure:
                     cut_short.append(f"{policy.name}, repetition {repetition + 1}")
                 measurements[policy.name].append(measure(result, plan.scenario))
                 self._done += 1
@@ -162,14 +183,30 @@ class Comparer:
         self._policy, self._repetition, self._now, self._share = policy.name, repetition, None, 0.0
         seed = plan.seed + repetition
         job = paced_job(
-            plan.scenario, policy.fresh(), seed, plan.duration, chaos=plan.chaos, unbounded=plan.unbounded
+            plan.scenario,
+            policy.fresh(),
+            seed,
+            plan.duration,
+            chaos=plan.chaos,
+            unbounded=plan.unbounded,
+            units=plan.units,
         )
         return job.run(self._progress, stop)
 
+    def _complete(self, result: Result) -> bool:
+        """Return whether a run has done the work that ends it."""
+        plan = self.plan
+        if plan.units is not None:
+            return units_of(result.snapshot, plan.scenario) >= plan.units
+        return result.worked >= plan.duration
+
     def _progress(self, snapshot: Snapshot) -> None:
-        pace = self.plan.scenario.pace * 1e6
+        plan = self.plan
+        pace = plan.scenario.pace * 1e6
         worked = snapshot.counters["accesses"] / pace if pace else snapshot.elapsed
-        self._share = min(worked / self.plan.duration, 1.0)
+        self._share = min(worked / plan.duration, 1.0)
+        if plan.units is not None:
+            self._share = max(self._share, min(units_of(snapshot, plan.scenario) / plan.units, 1.0))
         self._now = snapshot
 
     def view(self) -> RenderableType:

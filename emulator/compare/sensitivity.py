@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from emulator.compare.measure import MILLION, Measurement, units_of
+from emulator.compare.measure import MILLION, Measurement
 from emulator.compare.runner import Comparison
 from emulator.report.summary import short
 from emulator.scenario.costs import Cost, Costs
@@ -81,7 +81,7 @@ def sensitivity(comparison: Comparison) -> Sensitivity:
             refuted.append(name)
             continue
         by_unit = suffix == "/unit"
-        basis = (units_of(m.result, scenario) if by_unit else m.values["accesses"] / MILLION for m in runs)
+        basis = (m.values["units"] if by_unit else m.values["accesses"] / MILLION for m in runs)
         events[name] = _events(runs, sum(basis))
     return order_of(events, scenario.cost_table, per, refuted)
 

@@ -82,13 +82,8 @@ def _header(comparison: Comparison) -> Text:
     plan = comparison.plan
     scenario = plan.scenario
     text = Text(f"{scenario.name}: {scenario.title}\n", style="bold")
-    pace = (
-        f"{plan.duration:g} s of {scenario.pace:g} M guest accesses each"
-        if scenario.pace
-        else (f"{plan.duration:g} s")
-    )
     text.append(
-        f"{scenario.machine.pcpus} pCPUs, {scenario.vms} VMs, {scenario.vcpus} vCPUs; {pace}, "
+        f"{scenario.machine.pcpus} pCPUs, {scenario.vms} VMs, {scenario.vcpus} vCPUs; {plan.length}, "
         f"{plan.repeat} run{'s' if plan.repeat > 1 else ''} per policy, seed {plan.seed}"
         f"{', interrupted' if comparison.interrupted else ''}",
         style="dim",

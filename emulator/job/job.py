@@ -30,6 +30,7 @@ from native.types import VmId
 _PROGRESS_SECONDS = 0.5
 # Interval of the search for new reports.  It is short because the event rings are soon overwritten.
 _POLL_SECONDS = 0.01
+_UNTIL_SECONDS = 0.05
 _LEAST_PAUSE = 0.001
 
 
@@ -38,8 +39,9 @@ class Job:
 
     `settle`: counting begins after so many seconds, once every VM has run, so that the costs of booting do
     not count.  `duration` is in seconds of wall time or, with a `pace`, in seconds of so many guest accesses
-    each; `wall_limit` then ends a run in which the guests make no progress.  `observers` are notified of the
-    native machine while it exists.  `stop` ends the run early.
+    each; `wall_limit` then ends a run in which the guests make no progress.  `until` ends the run before its
+    duration, once it holds of the counts.  `observers` are notified of the native machine while it exists.
+    `stop` ends the run early.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Job:
         settle: float = 0,
         pace: float = 0,
         wall_limit: float | None = None,
+        until: Callable[[Snapshot], bool] | None = None,
     ) -> None:
         self.scenario = scenario
         self.policy = policy
@@ -66,7 +69,7 @@ class Job:
         self.finder: Finder | None = None
         self._chaos, self._unbounded, self._params = chaos, unbounded, params
         self._stop_at_violation = stop_at_violation
-        self._settle, self._pace, self._wall_limit = settle, pace, wall_limit
+        self._settle, self._pace, self._wall_limit, self._until = settle, pace, wall_limit, until
 
     def run(self, progress: Callable[[Snapshot], None], stop: threading.Event) -> Result:
         with self.policy.confined():
@@ -139,7 +142,7 @@ class _Run:
             logger.info("booted", pcpus=len(self.emulation.pcpus), vcpus=len(self.emulation.tasks))
             started = time.monotonic()
             self.began = workload.clock()
-            next_round = next_progress = 0.0
+            next_round = next_progress = next_count = 0.0
             while not self._over():
                 if self._look_for_violations() and self.job._stop_at_violation:
                     break
@@ -156,6 +159,10 @@ class _Run:
                 if self.elapsed >= next_progress:
                     next_progress = self.elapsed + _PROGRESS_SECONDS
                     self._progress()
+                if self.job._until is not None and self.elapsed >= next_count:
+                    next_count = self.elapsed + _UNTIL_SECONDS
+                    if not self._settling() and self.job._until(self.counted()):
+                        break
                 crew.stopped.wait(self._pause())
             self.elapsed = time.monotonic() - started
             self._look_for_violations()
@@ -246,12 +253,16 @@ class _Run:
             emulation.m, vms=len(emulation.vms), elapsed=self.elapsed, phase=emulation.workload.phase.name
         )
 
+    def counted(self) -> Snapshot:
+        """Return the counts since counting began."""
+        snapshot = self.snapshot()
+        return snapshot.since(self.before[0]) if self.before is not None else snapshot
+
     def result(self) -> Result:
         self._print_events()
-        snapshot, job = self.snapshot(), self.job
+        snapshot, job = self.counted(), self.job
         receivers = read_receivers(self.emulation.m, job.scenario)
         if self.before is not None:
-            snapshot = snapshot.since(self.before[0])
             receivers = tuple(now.less(then) for now, then in zip(receivers, self.before[1], strict=True))
         reports = self.reports.finish(self._names(), job.policy.mutants())
         if self.inconsistent:

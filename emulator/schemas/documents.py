@@ -243,7 +243,7 @@ class SensitivityPart(Part):
 
 
 class CompareDocument(Part):
-    """The document of `flushlab compare --json`; `sensitivity` is there with --sensitivity."""
+    """The document of `flushlab compare --json`; `units` and `sensitivity` are there with these options."""
 
     flushlab_comparison: Literal[1]
     scenario: str
@@ -254,6 +254,7 @@ class CompareDocument(Part):
     unit: str
     pace_accesses_per_second: float
     duration_seconds: float
+    units: int | None = None
     seed: int
     repeat: int
     baseline: str

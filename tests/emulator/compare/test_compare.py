@@ -75,6 +75,29 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
+def test_a_run_ends_after_so_many_units(capsys: pytest.CaptureFixture[str]) -> None:
+    """A canned run makes fewer than 10,000 roots, so it is cut short although it works for hours."""
+    words = ("nested-churn", "--policy", "linux-7.3", "--policy", "root-tlb-gen", "--json")
+    for units, cut_short in ((3, 0), (10_000, 2)):
+        compare(*words, "--duration", "1h", "--units", str(units))
+        document = json.loads(capsys.readouterr().out)
+        assert (document["units"], len(document["cut_short"])) == (units, cut_short)
+    until = Canned.made[0].options["until"]
+    assert not until(snapshot(vms=({"nested_roots": 2},)))
+    assert until(snapshot(vms=({"nested_roots": 3},)))
+    assert Canned.made[0].options["duration"] == 3600
+
+
+def test_without_units_the_duration_ends_a_run() -> None:
+    compare("nested-churn", "--policy", "linux-7.3", "--policy", "root-tlb-gen")
+    assert [job.options["until"] for job in Canned.made] == [None, None]
+
+
+def test_units_need_a_scenario_that_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    found = complaint(capsys, "main", "--policy", "linux-7.3", "--units", "3")
+    assert "--units: found 3; expected a scenario with a unit" in found
+
+
 def test_repetitions_go_round_the_policies_with_the_same_seeds() -> None:
     assert (
         compare("mixed", "--policy", "linux-7.3", "--policy", "root-tlb-gen", "--repeat", "3", "--seed", "5")
