@@ -147,6 +147,9 @@ class Guests:
             cpu.check(lib.guest_create_nested(cpu.m, vcpu.id, number))
             lib.vcpu_set_guest_mode(cpu.m, vcpu.id, number)
             self._configure(cpu, vcpu, section, layout, before + number - 1)
+            if not tdp_enabled(vcpu.kvm):
+                # KVM enters it with the registers after power-up (first_guest_state()).
+                lib.guest_power_on(cpu.m, vcpu.id)
         lib.vcpu_set_guest_mode(cpu.m, vcpu.id, 0)
         config = {
             "guests": nested.guests,

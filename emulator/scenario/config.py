@@ -129,10 +129,10 @@ class Scenario(Section):
     @model_validator(mode="after")
     def _nested_guests_suit(self) -> Self:
         nested = [vm for vm in self.vm if vm.nested is not None]
-        if nested and not self.machine.ept:
-            raise ValueError("machine.ept = true where a vm has nested guests")
-        if any(vm.disturbed for vm in nested) and (self.kvm.resets or self.kvm.smis):
-            raise ValueError("kvm.resets = 0 and kvm.smis = 0 where a vm that is disturbed has nested guests")
+        if self.nested_ept and not self.machine.ept:
+            raise ValueError("nested.ept = false where machine.ept = false, which offers L1 no EPT")
+        if any(vm.disturbed for vm in nested) and self.kvm.resets:
+            raise ValueError("kvm.resets = 0 where a vm that is disturbed has nested guests")
         host = self.host
         takes = host.unmap or host.reclaim or host.mprotect or host.migrate or host.collapse
         if takes and any(vm.disturbed and vm.nested and vm.nested.virtualize_apic for vm in nested):

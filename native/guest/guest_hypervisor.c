@@ -19,6 +19,7 @@
 #include "vm/vm.h"
 #include "walk/vmcs.h"
 #include "walk/walk.h"
+#include "walk/walk_shadow.h"
 
 enum {
 	OPERATIONS = 32,         /* at most, from an exit to the next entry */
@@ -194,21 +195,31 @@ static void plan(struct walk *w, struct hypervisor *h)
 
 /* --- execution ---------------------------------------------------------------------------------------------- */
 
-/* Access a page by its guest-physical address, through the map of all memory that an OS has for itself. */
-static enum walk_result access_page(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *e)
+/* Access a page by the map of all memory that an OS has for itself: with EPT by its guest-physical address, and without
+ * by the linear one.  Return that address's page as *page. */
+static enum walk_result access_page(struct walk *w, uint64_t gfn, uint32_t type, struct tlb_entry *e, uint64_t *page)
 {
+	enum walk_result r;
+
+	*page = w->vmcs->ept ? gfn : os_linear(w->guest, gfn);
 	w->linear = os_linear(w->guest, gfn) << 12;
-	return walk_physical(w, gfn, type, e);
+	if (w->vmcs->ept)
+		return walk_physical(w, gfn, type, e);
+	w->supervisor = true;
+	r = walk_shadow_cached(w, *page, type, e);
+	w->supervisor = false;
+	return r;
 }
 
 static enum walk_result access_memory(struct walk *w, const struct guest_op *op)
 {
 	struct tlb_entry e;
+	uint64_t page;
 
 	if (!op)
 		return ept12_violation(w);
 	if (op->kind == GUEST_OP_WRITE)
-		return access_page(w, op->value, ACCESS_WRITE, &e);
+		return access_page(w, op->value, ACCESS_WRITE, &e, &page);
 	return op->kind == GUEST_OP_VMX ? vmx_prepare(w, op) : ept12_op(w, op);
 }
 
@@ -268,9 +279,10 @@ static uint32_t l1_step(struct walk *w, struct hypervisor *h)
 static enum walk_result access_apic(struct walk *w, uint64_t gfn)
 {
 	struct tlb_entry e;
-	enum walk_result r = access_page(w, gfn, ACCESS_WRITE, &e);
+	uint64_t page;
+	enum walk_result r = access_page(w, gfn, ACCESS_WRITE, &e, &page);
 
-	return r == WALK_DONE ? apic_accessed(w, gfn, ACCESS_WRITE, &e) : r;
+	return r == WALK_DONE ? apic_accessed(w, page, ACCESS_WRITE, &e) : r;
 }
 
 /* Unmap a page, and leave its invalidation to L1, as a guest does that asks its hypervisor to flush. */
