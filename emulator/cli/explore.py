@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from emulator.explore.machine.options import ExploreOptions
     from emulator.litmus.model import LitmusTest
 
-# Options in which a tree's code has no part: no store of it is held back, and a recording names no tree.
-_WITHOUT_TREE = {"store_buffers", "stateful", "replay"}
+# Options in which a tree's code has no part, and why.
+_WITHOUT_TREE = {
+    "store_buffers": "sequentially consistent executions, because no store of the tree's code is held back",
+    "stateful": "a search without states, because the tree's memory is no part of a state",
+}
 # Options about a list of verdicts.
 _CASES = ("as_ktap", "junit")
 
@@ -221,7 +224,9 @@ def explore(
     if replay is not None:
         from emulator.cli.explore_trace import replay_file
 
-        status = replay_file(replay, trace=trace, steps=steps, stop_at=stop_at, as_json=as_json)
+        status = replay_file(
+            replay, trace=trace, steps=steps, stop_at=stop_at, as_json=as_json, kernel=kernel
+        )
         raise typer.Exit(status)
     if strategy not in STRATEGIES:
         raise BadInput("--strategy", repr(strategy), " or ".join(STRATEGIES))
@@ -265,7 +270,8 @@ def _refuse_what_has_no_effect(
     context: typer.Context, strategy: str, adversary: bool, audit: bool, kernel: bool
 ) -> None:
     if kernel:
-        refuse(context, _WITHOUT_TREE, "with --kernel", "a search for verdicts without it")
+        for name, expected in _WITHOUT_TREE.items():
+            refuse(context, {name}, "with --kernel", expected)
     if audit:
         search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", "stateful", *_CASES}
         refuse(context, search, "with --audit", "a search without --audit")
@@ -282,8 +288,8 @@ def _refuse_beside_one_execution(
 ) -> None:
     if replay:
         every = {parameter.name or "" for parameter in context.command.params}
-        beside = {"replay", "as_json", "trace", "steps", "stop_at"}
-        expected = "no option but --json, --trace, --steps and --stop-at beside it"
+        beside = {"replay", "as_json", "trace", "steps", "stop_at", "kernel"}
+        expected = "no option but --kernel, --json, --trace, --steps and --stop-at beside it"
         refuse(context, every - beside, "with --replay", expected)
     elif stop:
         refuse(context, {"stop_at"}, "without --replay", "both")

@@ -6,14 +6,14 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from emulator import interrupts
-from emulator.cli.kernel import OnTree, heading
+from emulator.cli.kernel import OnTree, built_tree, heading
 from emulator.errors import BadInput
 from emulator.explain.diagram import COURSE_WIDTH, diagram
 from emulator.explain.document import course_case
@@ -21,17 +21,20 @@ from emulator.explain.explanation import Explanation, Row, explain
 from emulator.explain.facts import DEADLOCK
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.results.record import Recording
-from emulator.explore.results.replay import Stored, replay
+from emulator.explore.results.replay import MODEL, Code, Stored, replay
 from emulator.explore.results.state import state_before
 from emulator.explore.results.suite import Work, stop_of
 from emulator.explore.results.trace import Goal, goal_of, numbered, traced
 from emulator.explore.results.verdict import INTERRUPTED, Verdict
 from emulator.kernel_tree.on_machine.child import TreeDied
+from emulator.kernel_tree.on_machine.explored_program import replay_on_tree
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import FAILED, VIOLATIONS
 from emulator.output import make_directory, saying
+
+T = TypeVar("T")
 
 FOUND: Final = 1
 DIVERGED: Final = 3
@@ -74,9 +77,7 @@ def trace(
         else:
             found = tree.trace(work, goal)
     except TreeDied as error:
-        with saying(FOUND):
-            print(json.dumps({"kernel": {"failure": error.lines}}) if as_json else error)
-        return FOUND
+        return _died(error, as_json)
     if isinstance(found, Verdict):
         return _unreached(found, goal, number, test, policies[0], as_json)
     recording = found.recording
@@ -169,15 +170,22 @@ def _bounded(explanation: Explanation) -> Explanation:
 # --- replay -------------------------------------------------------------------------------------------------
 
 
-def replay_file(path: Path, *, trace: bool, steps: bool, stop_at: int | None, as_json: bool) -> int:
-    """Run a recording again; return the exit status."""
+def replay_file(
+    path: Path, *, trace: bool, steps: bool, stop_at: int | None, as_json: bool, kernel: Path | None = None
+) -> int:
+    """Run a recording again, with the tree's code if there is one; return the exit status."""
     try:
         if stop_at is not None:
-            return _stop(path, stop_at, as_json)
-        recording = replay(path, trace=trace)
+            state = _replayed(lambda code: state_before(Stored.load(path, code), stop_at), kernel)
+            with saying(0):
+                print(json.dumps(state, indent=1) if as_json else state_text(state))
+            return 0
+        recording = _replayed(lambda code: replay(path, trace=trace, code=code), kernel)
     except (Divergence, LitmusFailure) as error:
         print(f"flushlab explore: {path}: diverges: {error}", file=sys.stderr)
         return DIVERGED
+    except TreeDied as error:
+        return _died(error, as_json)
     failed = recording.verdict == FAILED
     status = FOUND if recording.violation is not None or failed else 0
     with saying(status):
@@ -192,19 +200,28 @@ def replay_file(path: Path, *, trace: bool, steps: bool, stop_at: int | None, as
     return status
 
 
+def _replayed(replayed: Callable[[Code], T], kernel: Path | None) -> T:
+    """Return the result of a function that replays a recording."""
+    if kernel is None:
+        return replayed(MODEL)
+    interrupts.only_note()
+    return replay_on_tree(built_tree(kernel), replayed)
+
+
+def _died(error: TreeDied, as_json: bool) -> int:
+    """Print how the tree's code has ended its process; return the exit status."""
+    with saying(FOUND):
+        print(json.dumps({"kernel": {"failure": error.lines}}) if as_json else error)
+    return FOUND
+
+
 def _say_same(recording: Recording) -> None:
     same = f"{len(recording.steps)} steps, the same as recorded"
     safe = "" if recording.violation is not None else "; no violation"
     if recording.verdict == FAILED and recording.trace is not None:
         safe = f"; {recording.trace['ended']}"
-    print(f"{recording.test} under {recording.policy}: {same}{safe}")
-
-
-def _stop(path: Path, step: int, as_json: bool) -> int:
-    state = state_before(Stored.load(path), step)
-    with saying(0):
-        print(json.dumps(state, indent=1) if as_json else state_text(state))
-    return 0
+    tree = f" with the code of Linux {recording.kernel}" if recording.kernel else ""
+    print(f"{recording.test} under {recording.policy}{tree}: {same}{safe}")
 
 
 # --- the state before a step --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -100,15 +101,9 @@ def run(
     options: RunOptions,
 ) -> None:
     """Run a scenario under a policy, judge every use of a translation, and add up the costs of flushing."""
-    from emulator.cli.run import run_request
-
     seconds = duration_of(duration)
     request = _request(scenario, options, metrics, duration=seconds, as_json=as_json)
-    if kernel is not None:
-        from emulator.cli.kernel import run_on_kernel
-
-        raise typer.Exit(run_on_kernel(kernel, request))
-    raise typer.Exit(run_request(request))
+    raise typer.Exit(_status_of(request, kernel))
 
 
 @app.command()
@@ -116,13 +111,23 @@ def run(
 def serve(
     scenario: ScenarioArgument = DEFAULT_SCENARIO,
     metrics: MetricsOption = "9464",
+    kernel: KernelOption = None,
     *,
     options: RunOptions,
 ) -> None:
     """Run a scenario until SIGINT or SIGTERM, with live metrics; then print the summary."""
+    raise typer.Exit(_status_of(_request(scenario, options, metrics, endless=True), kernel))
+
+
+def _status_of(request: Request, kernel: Path | None) -> int:
+    """Run the scenario, with the tree's TDP MMU if there is one; return the exit status."""
+    if kernel is not None:
+        from emulator.cli.kernel import run_on_kernel
+
+        return run_on_kernel(kernel, request)
     from emulator.cli.run import run_request
 
-    raise typer.Exit(run_request(_request(scenario, options, metrics, endless=True)))
+    return run_request(request)
 
 
 def _request(

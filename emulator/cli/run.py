@@ -77,6 +77,8 @@ def run_request(request: Request, tree: TreeReport | None = None) -> int:
         )
         if address is not None:
             build = {"version": __version__, **_asked(request, scenario, policy)}
+            if tree is not None:
+                build["kernel"] = tree.built.version
             endpoint = stack.enter_context(_endpoint(collector, *address, build))
             logger.info("serving metrics", url=endpoint.url)
         result = _run(request, scenario, policy, collector, findings)

@@ -71,6 +71,7 @@ class ExecutionDocument(Part):
     execution: int | None = None
     patches: list[list[str]] | None = None
     kernel: str | None = None
+    sources: str | None = None
     watched: Any = None
     final: list[dict[str, Any]] | None = None
     verdict: str | None = None

@@ -41,7 +41,8 @@ class Recording:
     violation: the oracle's report, or the deadlock; None if there is neither.  final: the events of the
     test's last operations, if the violation is there.  watched: the accesses of a user's policy that are
     steps.  patches: the name and the text of each patch file of the policy.
-    kernel: the version of the tree that was explored in the place of the model's code; "" for none.
+    kernel, sources: the version of the tree that was explored in the place of the model's code, and the hash
+    of its sources; "" for none.
     verdict, trace: of a trace only: SAFE, VIOLATIONS or FAILED, and its content beside the steps.
     """
 
@@ -58,6 +59,7 @@ class Recording:
     watched: Known = field(default=NOTHING)
     patches: tuple[tuple[str, str], ...] = ()
     kernel: str = ""
+    sources: str = ""
     verdict: str = ""
     trace: dict[str, Any] | None = None
 
@@ -70,7 +72,7 @@ class Recording:
             **self.options.document(),
             "context_switches": sum(a != b for a, b in zip(self.schedule, self.schedule[1:], strict=False)),
             **({"patches": [list(part) for part in self.patches]} if self.patches else {}),
-            **({"kernel": self.kernel} if self.kernel else {}),
+            **({"kernel": self.kernel, "sources": self.sources} if self.kernel else {}),
             **({"watched": self.watched.document()} if self.watched else {}),
             "schedule": self.schedule,
             "actors": self.actors,

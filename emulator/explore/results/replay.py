@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,6 +30,22 @@ _EXPECTED = "a counterexample or a trace of flushlab explore"
 # Keeps the report of a difference on one line, for any contents of a file.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The code that executions run: the model's, or beside it the TDP MMU of a kernel's tree.
+
+    program: the class of the program that runs it.  kernel, sources: the tree's version, and the hash of its
+    sources; "" for the model's code alone.
+    """
+
+    program: type[LitmusProgram] = LitmusProgram
+    kernel: str = ""
+    sources: str = ""
+
+
+MODEL: Final = Code()
 
 
 class _Step(BaseModel):
@@ -60,6 +76,7 @@ class _Document(BaseModel):
     patches: list[list[str]] = []
     watched: dict[str, list[str]] = {}
     kernel: str = ""
+    sources: str = ""
     schedule: list[str]
     steps: list[_Step]
     final: list[dict[str, Any]] = []
@@ -68,8 +85,8 @@ class _Document(BaseModel):
     trace: dict[str, Any] | None = None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return a recording's document; raises BadInput."""
+def load(path: Path, code: Code = MODEL) -> dict[str, Any]:
+    """Return the document of a recording of this code; raises BadInput."""
     document = read_json(path, _EXPECTED)
     try:
         found = _find(document)
@@ -80,9 +97,11 @@ def load(path: Path) -> dict[str, Any]:
         raise BadInput(str(path), *first_error(error, _Document)) from error
     except RecursionError as error:
         raise BadInput(str(path), "nested too deeply", _EXPECTED) from error
-    if kernel:
-        expected = "a recording of the model; `flushlab explain` draws this one"
+    if kernel and not code.kernel:
+        expected = "--kernel TREE beside it, with this tree; `flushlab explain` draws it without one"
         raise BadInput(str(path), f"it was recorded with the code of Linux {kernel}", expected)
+    if code.kernel and not kernel:
+        raise BadInput(str(path), "it was recorded with the model's code", "no --kernel beside it")
     return found
 
 
@@ -115,16 +134,17 @@ class Stored:
     test: LitmusTest
     policy: Policy
     options: ExploreOptions
+    code: Code = MODEL
 
     @classmethod
-    def load(cls, path: Path) -> Stored:
+    def load(cls, path: Path, code: Code = MODEL) -> Stored:
         """Return the recording of a file; raises BadInput."""
-        document = load(path)
+        document = load(path, code)
         check_policy(document["policy"], f"{path}: policy")
         try:
             test = parse_test(document["source"], document["test"], None)
             policy = _policy(document["policy"], document.get("patches", []))
-            return cls(path, document, test, policy, ExploreOptions.of(document))
+            return cls(path, document, test, policy, ExploreOptions.of(document), code)
         except BadInput as error:
             raise BadInput(str(path), str(error)) from error
         except ValueError as error:
@@ -135,12 +155,23 @@ class Stored:
         """Build the program, with its control installed."""
         known = Known.of(self.document.get("watched", {}))
         with self.policy.confined():
-            program = LitmusProgram(self.test, self.policy, self.options, known=known, frozen=True)
+            program = self.code.program(self.test, self.policy, self.options, known=known, frozen=True)
             try:
                 with instrument(program.control):
                     yield program
             finally:
                 program.close()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Add to a divergence that the tree has changed since the recording, if it has."""
+        try:
+            yield
+        except Divergence as error:
+            then, now = self.document.get("sources", ""), self.code.sources
+            if then == now:
+                raise
+            raise Divergence(f"{error} (recorded with sources {then}, the tree has {now})") from None
 
     def schedule(self, program: LitmusProgram) -> tuple[int, ...]:
         """Return the recorded schedule by the tasks' numbers; raises BadInput."""
@@ -151,17 +182,19 @@ class Stored:
         return tuple(names.index(name) for name in self.document["schedule"])
 
 
-def replay(path: Path, *, trace: bool = False) -> Recording:
+def replay(path: Path, *, trace: bool = False, code: Code = MODEL) -> Recording:
     """Run a recorded execution again, and return it, with `trace` as a trace in any case; raises Divergence
     if a step differs from its recording."""
-    stored = Stored.load(path)
+    stored = Stored.load(path, code)
     recorded_trace = stored.document.get("trace") is not None
-    with stored.program() as program:
-        again = record(program, stored.schedule(program), trace=trace or recorded_trace)
-    now = json.loads(json.dumps(again.document()))
-    if not recorded_trace:
-        now["steps"] = [{key: step[key] for key in step if key != "did"} for step in now["steps"]]
-    _compare(stored.document, now)
+    with stored.told():
+        with stored.program() as program:
+            again = record(program, stored.schedule(program), trace=trace or recorded_trace)
+        again.kernel, again.sources = code.kernel, code.sources
+        now = json.loads(json.dumps(again.document()))
+        if not recorded_trace:
+            now["steps"] = [{key: step[key] for key in step if key != "did"} for step in now["steps"]]
+        _compare(stored.document, now)
     return again
 
 
@@ -179,6 +212,17 @@ def _compare(before: dict[str, Any], again: dict[str, Any]) -> None:
     if len(before["steps"]) != len(again["steps"]):
         raise Divergence(f"{len(again['steps'])} steps, but {len(before['steps'])} were recorded")
     told = ("verdict", "trace") if before.get("trace") is not None else ()
-    for key in ("schedule", "steps", "final", "violation", *told):
+    for key in ("schedule", "steps", "final", *told):
         if before.get(key) != again.get(key):
             raise Divergence(f"{key} differs from the recording")
+    if _judged(before) != _judged(again):
+        raise Divergence("violation differs from the recording")
+
+
+def _judged(document: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the violation.  With a tree's code, leave out the texts that name its functions and lines, and
+    its findings in all executions of the search."""
+    violation = document["violation"]
+    if violation is None or not document.get("kernel"):
+        return violation  # type: ignore[no-any-return]
+    return {key: value for key, value in violation.items() if key not in ("text", "tree")}

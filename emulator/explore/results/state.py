@@ -32,15 +32,16 @@ def state_before(stored: Stored, step: int) -> dict[str, Any]:
         known = f"0 to {len(steps) - 1}, the steps of {stored.path}" if steps else f"a step in {stored.path}"
         raise BadInput("--stop-at", f"found {step}", known if steps else f"{known}, which has none")
     trace = stored.document.get("trace") is not None
-    with stored.program() as program:
-        strategy = _Until(stored.schedule(program), step)
-        found_state: list[dict[str, Any]] = []
-        strategy.at_stop = lambda enabled: found_state.append(_state(program, enabled))
-        execution, recorder = recorded(program, strategy, trace=trace)
-        if execution.failure is not None:
-            raise execution.failure
-        program.abandon(execution)
-    compare_steps(steps[:step], recorder.steps)
+    with stored.told():
+        with stored.program() as program:
+            strategy = _Until(stored.schedule(program), step)
+            found_state: list[dict[str, Any]] = []
+            strategy.at_stop = lambda enabled: found_state.append(_state(program, enabled))
+            execution, recorder = recorded(program, strategy, trace=trace)
+            if execution.failure is not None:
+                raise execution.failure
+            program.abandon(execution)
+        compare_steps(steps[:step], recorder.steps)
     (state,) = found_state
     document = stored.document
     around = {"test": document["test"], "policy": document["policy"], "step": step, "steps": len(steps)}

@@ -150,17 +150,17 @@ class Explored:
     def _rcu_barrier(self, thread: Thread, a: int, b: int, text: Any) -> int:
         return int(self.control.lib.rcu_barrier(thread.cpu.m, thread.cpu.id))
 
-    def _spin_lock(self, thread: Thread, address: int, b: int, text: Any) -> None:
+    def _spin_lock(self, thread: Thread, address: int, name: int, text: Any) -> None:
         execution = self._execution
         if execution is not None:
             held = self.tree.ffi.cast("int *", address)
-            label = ("spinlock", address, "write")
-            mask = self.control.bit("spinlock", address)
+            label = ("spinlock", name, "write")
+            mask = self.control.bit("spinlock", name)
             execution.step(label, 0, mask, lambda: not held[0], "tdp_mmu_pages_lock")
 
-    def _spin_unlock(self, thread: Thread, address: int, b: int, text: Any) -> None:
+    def _spin_unlock(self, thread: Thread, a: int, name: int, text: Any) -> None:
         if self._execution is not None:
-            self._execution.touch(0, self.control.bit("spinlock", address))
+            self._execution.touch(0, self.control.bit("spinlock", name))
 
     def _relax(self, thread: Thread, a: int, b: int, text: Any) -> None:
         execution = self._execution

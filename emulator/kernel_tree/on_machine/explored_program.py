@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import Recording
+from emulator.explore.results.replay import Code
 from emulator.explore.results.suite import Work, stop_of
 from emulator.explore.results.trace import Goal, Trace, traced
 from emulator.explore.results.verdict import Told, Verdict, explore_verdict
@@ -20,6 +21,8 @@ from emulator.kernel_tree.on_machine.suite import findings_text
 from emulator.kernel_tree.on_machine.tdp_mmu import IN_THE_TREE, TreeKvm
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import FAILED
+
+T = TypeVar("T")
 
 
 class TreeProgram(LitmusProgram):
@@ -62,7 +65,7 @@ def explore_on_tree(built: Built, work: Work, jobs: int = 1, told: Told = lambda
         verdict = Verdict(work.test.name, work.policy, work.plan, work.test.expect.needs)
         failure, findings = str(error), Counter()
     if verdict.counterexample is not None:
-        verdict.counterexample.kernel = built.version
+        verdict.counterexample.kernel, verdict.counterexample.sources = built.version, built.sources
         _add_findings(verdict.counterexample, findings)
     if failure and not verdict.kinds:
         verdict.verdict, verdict.failure = FAILED, failure
@@ -83,8 +86,17 @@ def trace_on_tree(built: Built, work: Work, goal: Goal) -> Trace | Verdict:
 
     trace = in_child(built, found)
     if isinstance(trace, Trace):
-        trace.recording.kernel = built.version
+        trace.recording.kernel, trace.recording.sources = built.version, built.sources
     return trace
+
+
+def replay_on_tree(built: Built, replayed: Callable[[Code], T]) -> T:
+    """Return the result of a function that replays a recording, called in a process that has the tree's TDP
+    MMU.
+
+    Raises TreeDied if the tree's code ends the process, or the error that the function raises.
+    """
+    return in_child(built, lambda tree: replayed(Code(TreeProgram, built.version, built.sources)))
 
 
 def _add_findings(found: Recording, findings: Mapping[str, int]) -> None:

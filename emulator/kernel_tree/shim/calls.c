@@ -48,6 +48,14 @@ struct place glue_place(const void *page, unsigned int index)
 	return (struct place){ sp->role.level, sp->gfn + ((u64)index << 9 * (sp->role.level - 1)) };
 }
 
+u64 glue_name_of(const void *lock)
+{
+	unsigned long in_vm = (unsigned long)lock - (unsigned long)vm();
+
+	/* A lock of the VM's by its place there; a variable, which a patch may add, by its place in the object. */
+	return in_vm < sizeof(struct kvm) ? (u64)here->api.vm << 32 | in_vm : (unsigned long)lock - shim_base;
+}
+
 bool glue_root_invalid(const void *page)
 {
 	const struct kvm_mmu_page *sp = page;

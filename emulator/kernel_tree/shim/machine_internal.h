@@ -107,6 +107,8 @@ extern unsigned long shim_base;
 
 /* In calls.c, where the tree's structures are known. */
 struct place glue_place(const void *sp, unsigned int index);
+/* Return a number that names a lock of the tree's, and is the same in every process. */
+u64 glue_name_of(const void *lock);
 /* Return whether the root above a table is invalid. */
 bool glue_root_invalid(const void *sp);
 bool glue_frozen(u64 spte);

@@ -18,7 +18,7 @@ void shim_spin_lock(spinlock_t *lock)
 	int free;
 
 	if (lock != &shim_objects_lock && shim_explored())
-		shim_python(CALL_SPIN_LOCK, (u64)(unsigned long)&lock->held, 0, NULL);
+		shim_python(CALL_SPIN_LOCK, (u64)(unsigned long)&lock->held, glue_name_of(lock), NULL);
 	while (free = 0, !__atomic_compare_exchange_n(&lock->held, &free, 1, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
 		sched_yield();
 	if (lock != &shim_objects_lock)
@@ -33,7 +33,7 @@ void shim_spin_unlock(spinlock_t *lock)
 		here->spin = NULL;
 	__atomic_store_n(&lock->held, 0, __ATOMIC_RELEASE);
 	if (lock != &shim_objects_lock)
-		shim_tell(CALL_SPIN_UNLOCK, (u64)(unsigned long)&lock->held, 0);
+		shim_tell(CALL_SPIN_UNLOCK, 0, glue_name_of(lock));
 }
 
 void shim_lock(rwlock_t *lock, int how)

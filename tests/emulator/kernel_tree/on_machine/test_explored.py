@@ -37,12 +37,20 @@ def explored(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return status, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("option", ["--stateful", "--store-buffers"])
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--stateful", "the tree's memory is no part of a state"),
+        ("--store-buffers", "no store of the tree's code is held back"),
+    ],
+)
 def test_options_without_a_tree_s_part_are_refused(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explore", "return-zap", "--kernel", str(tmp_path), option]) == 2
-    assert f"{option}: found with --kernel" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"flushlab: {option}: found with --kernel; expected ")
+    assert line.endswith(why)
 
 
 @pytest.mark.stress
@@ -109,6 +117,15 @@ def test_a_bug_is_found(tree: Path, copy: Path, tmp_path: Path, capsys: pytest.C
     assert main(["explain", str(written)]) == 0
     assert main(["explore", "--replay", str(written)]) == 2
     assert "it was recorded with the code of Linux 6." in capsys.readouterr().err
+    # With the tree it runs again, and ends with the same violation; a changed tree diverges, and is named.
+    again = ["explore", "--replay", str(written), "--kernel"]
+    assert main([*again, str(copy), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["violation"]["kind"] == violation["kind"]
+    assert document["sources"] == found["kernel"]["sources"]
+    assert document["schedule"] == json.loads(written.read_text())["schedule"]
+    assert main([*again, str(tree)]) == 3
+    assert f"(recorded with sources {document['sources']}, the tree has " in capsys.readouterr().err
 
 
 @pytest.mark.stress
@@ -129,15 +146,23 @@ def test_a_misdeed_is_a_failure(
 
 @pytest.mark.stress
 @pytest.mark.timeout(600)
-def test_a_trace_draws_an_execution_of_the_tree(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_draws_an_execution_of_the_tree(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["explore", "zap-yield-restart", "--kernel", str(tree), "--trace", "--reach", "yields"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["execution"] == 1
     assert found["kernel"]
     assert {"spte", "mmu_lock"} <= {step["kind"] for step in found["steps"]}
-    assert main(arguments) == 0
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
     assert "yields mmu_lock" in capsys.readouterr().out
+    (written,) = tmp_path.iterdir()
+    again = ["explore", "--replay", str(written), "--kernel", str(tree)]
+    assert main(again) == 0
+    assert f"{len(found['steps'])} steps, the same as recorded" in capsys.readouterr().out
+    assert main([*again, "--stop-at", "30", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["next"] == found["steps"][30]["text"]
 
 
 @pytest.mark.stress

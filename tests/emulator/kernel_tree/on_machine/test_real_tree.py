@@ -129,8 +129,8 @@ def test_a_crash_ends_a_run(tree: Path, copy: Path, capsys: pytest.CaptureFixtur
     assert second.startswith("  handle_removed_pt() arch/x86/kvm/mmu/tdp_mmu.c:")
 
 
-def test_a_signal_ends_a_run_and_its_process(tree: Path) -> None:
-    command = [sys.executable, "-m", "emulator", "run", "--kernel", str(tree), "--duration", "500s"]
+def test_a_signal_ends_a_service_and_its_process(tree: Path) -> None:
+    command = [sys.executable, "-m", "emulator", "serve", "--metrics", "0", "--kernel", str(tree)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert any("booted" in line for line in process.stderr)
