@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _WITHOUT_TREE = {
     "store_buffers": "sequentially consistent executions, because no store of the tree's code is held back",
     "stateful": "a search without states, because the tree's memory is no part of a state",
+    "state": "a search that is not kept, because a tree's findings are those of one process",
 }
 # Options about a list of verdicts.
 _CASES = ("as_ktap", "junit")
@@ -46,7 +47,8 @@ EXPLORE_HELP = (
     "interleaving met a test's precondition (`needs`), nothing was tested, and the verdict is inconclusive. "
     "The exit status is 1 if there is a violation, a deadlock, or an execution that fails.\n\n"
     "Ctrl-C, SIGTERM and SIGHUP end the search. The verdicts reached so far are printed with what they "
-    "cover, and the number of missing ones; the exit status is then 130, 143 or 129."
+    "cover, and the number of missing ones; the exit status is then 130, 143 or 129. With --state the same "
+    "command goes on from there."
 )
 EXPLORE_EXAMPLES = """\
 Is the proposal sound, and if not, how does it fail?
@@ -118,6 +120,14 @@ def explore(
             help="Give up on a test after S seconds, 0: never. Results then depend on the machine.",
         ),
     ] = 0.0,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep each search in a file of this directory, and go on with those that are there: after a "
+            "signal, a crash, or --seconds. The result is that of one search without interruption.",
+        ),
+    ] = None,
     kernel: KernelOption = None,
     jobs: JobsOption = None,
     adversary: Annotated[
@@ -241,7 +251,7 @@ def explore(
         given = executions if source is not None and source.name != "DEFAULT" else None
         raise typer.Exit(_audit(tests, names, given, seed, options, as_json, on_tree))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options, stateful=stateful)
-    work = [Work(test, name, plan, seconds) for test, name in pairs]
+    work = [Work(test, name, plan, seconds, state) for test, name in pairs]
     if trace:
         from emulator.cli.explore_trace import trace as draw
 
@@ -250,6 +260,10 @@ def explore(
         raise typer.Exit(status)
     if output is not None:
         make_directory("--output", output)
+    if state is not None:
+        make_directory("--state", state)
+        for one_search in work:
+            one_search.file()
     if as_ktap:
         refuse(context, {"as_json"}, "with --ktap", "one of them")
     if junit is not None:
@@ -273,8 +287,8 @@ def _refuse_what_has_no_effect(
         for name, expected in _WITHOUT_TREE.items():
             refuse(context, {name}, "with --kernel", expected)
     if audit:
-        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", "stateful", *_CASES}
-        refuse(context, search, "with --audit", "a search without --audit")
+        search = {"strategy", "bound", "depth", "seconds", "jobs", "output", "trace", "stateful", "state"}
+        refuse(context, {*search, *_CASES}, "with --audit", "a search without --audit")
     if strategy != "exhaustive":
         refuse(context, {"bound", "stateful"}, f"with --strategy {strategy}", "--strategy exhaustive")
     if strategy != "pct":
@@ -298,7 +312,7 @@ def _refuse_beside_one_execution(
     if reach:
         refuse(context, {"number"}, "with --reach", "one of them")
     if trace:
-        refuse(context, {"stateful"}, "with --trace", "a search without --trace")
+        refuse(context, {"stateful", "state"}, "with --trace", "a search without --trace")
         refuse(context, {"jobs"}, "with --trace", "a search without --trace, which one process does")
         refuse(context, _CASES, "with --trace", "a search without --trace, which has verdicts")
     else:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from emulator import interrupts
 from emulator.cli.kernel import OnTree, heading
+from emulator.errors import BadInput, bad_input_of
 from emulator.output import Unwritable, saying, write_file
 from emulator.report.cases import Case, ktap
 from emulator.report.cases import junit as junit_of
@@ -51,7 +52,7 @@ class Verdicts:
         self.junit = junit
         self.verdicts: list[Verdict] = []
         self.kernel: dict[str, str] | None = None  # the tree that was explored
-        self.lost: Unwritable | None = None
+        self.lost: BadInput | None = None
         self.started = time.monotonic()
 
     def about(self, tree: OnTree, chosen: Sequence[str]) -> Callable[..., Verdict]:
@@ -68,6 +69,8 @@ class Verdicts:
 
     def take(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
+        if verdict.unkept:
+            self.lost = self.lost or bad_input_of(verdict.unkept)
         if self.output is not None:
             try:
                 _write(self.output, verdict)
@@ -97,8 +100,11 @@ class Verdicts:
                     document["not_reached"] = [{"test": test, "policy": policy} for test, policy in missing]
                 print(json.dumps(document, indent=1))
             else:
-                runs = sum(verdict.executions + verdict.pruned for verdict in self.verdicts)
-                print(f"{runs:,} executions in {elapsed:.1f} s, {runs / max(elapsed, 1e-9):,.0f} a second")
+                before = sum(verdict.before for verdict in self.verdicts)
+                runs = sum(verdict.executions + verdict.pruned for verdict in self.verdicts) - before
+                kept = f", besides {before:,} that --state has kept" if before else ""
+                rate = f"{runs / max(elapsed, 1e-9):,.0f} a second"
+                print(f"{runs:,} executions in {elapsed:.1f} s, {rate}{kept}")
                 if len(self.verdicts) > 1:
                     print(proofs((v.verdict, v.test, v.policy) for v in self.verdicts))
                 _show_only(self.verdicts)

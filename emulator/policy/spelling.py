@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from emulator.errors import shown
@@ -52,6 +54,19 @@ def parse_policy(text: str, where: str = "") -> Spelled:
     if path or rest.endswith(("+", ",")):
         raise PolicyError(where, f"found {shown(path)}", "a patch, or point=alternative as in migration=none")
     return Spelled(base, answers, tuple(patches))
+
+
+def digests(spelled: str) -> list[str]:
+    """Return the digests of the files that a policy's spelling names."""
+    parsed = parse_policy(spelled)
+    names = [*([parsed.base] if parsed.base.endswith(".py") else []), *parsed.patches]
+    files = [
+        file
+        for name in names
+        for file in (sorted(Path(name).rglob("*")) if Path(name).is_dir() else [Path(name)])
+        if file.is_file()
+    ]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _base(text: str) -> tuple[str, str]:

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar
 
 from emulator import __version__
 from emulator.errors import BadInput, shown
-from emulator.policy import Policy, parse_policy
+from emulator.policy import Policy
+from emulator.policy.spelling import digests
 from emulator.policy.suitable import check_suits
 from emulator.scenario import limits
 from emulator.scenario.config import Scenario, load_scaled
@@ -122,19 +123,6 @@ class Grid:
         }
         text = json.dumps(depends, sort_keys=True)
         return replace(unit, key=hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS])
-
-
-def digests(spelled: str) -> list[str]:
-    """Return the digests of the files that a policy's spelling names."""
-    parsed = parse_policy(spelled)
-    names = [*([parsed.base] if parsed.base.endswith(".py") else []), *parsed.patches]
-    files = [
-        file
-        for name in names
-        for file in (sorted(Path(name).rglob("*")) if Path(name).is_dir() else [Path(name)])
-        if file.is_file()
-    ]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def shard(units: Sequence[T], text: str | None) -> list[T]:

@@ -19,7 +19,8 @@ from emulator.litmus.loader import load_tests
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.table import Results
 from emulator.litmus.verdict import Outcome
-from emulator.sweep.grid import KEY_DIGITS, digests
+from emulator.policy.spelling import digests
+from emulator.sweep.grid import KEY_DIGITS
 from emulator.sweep.store import VERSION, Record, Store
 
 # Of an outcome that explore_all() makes, these are empty.

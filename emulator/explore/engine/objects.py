@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 
 class Objects:
@@ -30,6 +31,11 @@ class Objects:
 
     def of(self, mask: int) -> list[Hashable]:
         return [self.names[i] for i in bits(mask)]
+
+
+def name_of(plain: Any) -> Hashable:
+    """Return the name of an object, which JSON holds with lists in the place of tuples."""
+    return tuple(map(name_of, plain)) if isinstance(plain, list) else plain
 
 
 def bits(mask: int) -> Iterator[int]:

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
+from emulator.explore.results.search_file import SearchFile
 from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Told, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
@@ -22,6 +24,13 @@ class Work:
     policy: str
     plan: Plan
     seconds: float  # 0: no limit
+    state: Path | None = None  # the directory in which searches are kept
+
+    def file(self) -> SearchFile | None:
+        """Return the file of this search, with its state.  Raises BadInput."""
+        if self.state is None:
+            return None
+        return SearchFile(self.state, self.test, self.policy, self.plan).load()
 
 
 def stop_of(work: Work) -> Stop:
@@ -33,7 +42,7 @@ def stop_of(work: Work) -> Stop:
 def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Verdict:
     """Explore one test under one policy.  told: called with the number of runs since the call before."""
     policy = named_policy(work.policy)
-    verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), jobs, told=told)
+    verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), jobs, told=told, file=work.file())
     verdict.policy = work.policy
     return verdict
 

@@ -18,11 +18,13 @@ from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
 from emulator.explore.machine.patched_code import kept_in_proposals, unwatched_state
 from emulator.explore.machine.policy_code import unwatched
-from emulator.explore.machine.policy_reads import NOTHING, Grown, Known
+from emulator.explore.machine.policy_reads import Grown, Known
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.machine.states import hear, stateless
+from emulator.explore.results.keeper import Keeper
 from emulator.explore.results.record import Recording, record
-from emulator.explore.results.rounds import WALKS, exhaustively, sampled
+from emulator.explore.results.rounds import WALKS, Rounds
+from emulator.explore.results.search_file import SearchFile
 from emulator.explore.results.workers import Team
 from emulator.explore.strategies.search import Limits
 from emulator.litmus.failure import LitmusFailure
@@ -74,6 +76,8 @@ class Verdict:
     proved.  unordered: state of patched code that several threads share without an ordering point, likewise.
     states: the number of states in a stateful search's table.  stateless: the reason why a search that was to
     be stateful could not compare states.
+    before: runs of this search in earlier processes, which have kept it.  unkept: the error with which its
+    state could not be written.
     """
 
     test: str
@@ -100,6 +104,8 @@ class Verdict:
     cut_off: int = 0
     states: int = 0
     stateless: str = ""
+    before: int = 0
+    unkept: str = ""
 
     def document(self) -> dict[str, Any]:
         """Return the document for --json, which holds no times."""
@@ -208,29 +214,34 @@ def explore_verdict(
     *,
     build: Callable[..., LitmusProgram] = LitmusProgram,
     told: Told = lambda runs: None,
+    file: SearchFile | None = None,
 ) -> Verdict:
     """Explore one test under one policy.
 
     stop: asked between executions.  With it, results depend on time; they never depend on the number of
     processes (`jobs`).  build: makes the program of this process.  told: called with the number of runs since
-    the call before; runs that were given up half-way count.
+    the call before; runs that were given up half-way count.  file: go on with the search that is kept there,
+    and keep this one there.
     """
     plan = plan or Plan()
     with policy.confined():
         if policy.overrides() or policy.is_patched_by_user():
             _check_that_it_repeats(test, policy, plan.options, build)
-        known: Known | None = NOTHING
+        keeper = Keeper(file, stop)
+        known: Known | None = keeper.known
         while known is not None:
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
             verdict.unwatched = unwatched_state(policy)
             program = build(test, policy, plan.options, known=known)
-            known = _explored(program, verdict, _telling(stop, told), jobs, told)
+            known = _explored(program, verdict, _telling(stop, told), jobs, told, keeper)
+            if known is not None:
+                keeper.forget()
     if verdict.unwatched or verdict.unordered:
         _take_back(verdict)
     elif not verdict.complete and verdict.verdict not in (VIOLATIONS, FAILED):
         as_asked = plan.bound is not None and verdict.bound == plan.bound
-        ended = INTERRUPTED if ending() else "seconds" if stop() else "steps" if verdict.cut_off else ""
-        verdict.limit = ended or ("" if as_asked else "executions")
+        cut = "" if keeper.ended else INTERRUPTED if ending() else "seconds" if stop() else ""
+        verdict.limit = cut or ("steps" if verdict.cut_off else "" if as_asked else "executions")
     if not verdict.met and verdict.verdict not in (VIOLATIONS, FAILED):
         verdict.verdict = INCONCLUSIVE
     return verdict
@@ -246,7 +257,9 @@ def _telling(stop: Stop, told: Told) -> Stop:
     return stops
 
 
-def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, told: Told) -> Known | None:
+def _explored(
+    program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, told: Told, keeper: Keeper
+) -> Known | None:
     """Explore the program.  Return the accesses that a new search must know, or None if none is needed."""
     reads = program.reads
     if verdict.plan.stateful:
@@ -255,12 +268,10 @@ def _explored(program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, t
             hear(program)
     try:
         with instrument(program.control), Team(program, jobs, stop, told) as team:
-            if verdict.plan.strategy == "exhaustive":
-                exhaustively(program, verdict, team, stop)
-            else:
-                sampled(program, verdict, stop)
+            Rounds(program, verdict, team, stop, keeper).run()
         if reads is not None:
             reads.check()
+        keeper.end()
     except Grown:
         assert reads is not None
         return reads.next()

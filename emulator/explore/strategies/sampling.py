@@ -20,9 +20,10 @@ those of the execution before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from emulator.explore.engine.objects import bits, members
+from emulator.explore.engine.objects import Objects, bits, members, name_of
 from emulator.explore.engine.scheduler import Divergence, Known, Task, Wait
 
 _U64 = (1 << 64) - 1
@@ -31,14 +32,14 @@ _U64 = (1 << 64) - 1
 class Random:
     """splitmix64 (Steele, Lea, Flood 2014): one seed yields equal numbers on every machine."""
 
-    __slots__ = ("_state",)
+    __slots__ = ("state",)
 
     def __init__(self, seed: int) -> None:
-        self._state = seed & _U64
+        self.state = seed & _U64
 
     def next(self) -> int:
-        self._state = (self._state + 0x9E3779B97F4A7C15) & _U64
-        z = self._state
+        self.state = (self.state + 0x9E3779B97F4A7C15) & _U64
+        z = self.state
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _U64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _U64
         return z ^ (z >> 31)
@@ -85,25 +86,43 @@ class Sampler:
     def end(self, tasks: list[Task], deadlock: tuple[Wait, ...]) -> bool:
         return self.left > 0
 
+    def plain(self, objects: Objects) -> dict[str, Any]:
+        """Return the state between two executions as plain values, with which another process goes on."""
+        return {"left": self.left}
 
-class RandomWalk(Sampler):
-    """Chooses each enabled task with equal probability."""
+    def go_on(self, plain: Mapping[str, Any], objects: Objects) -> None:
+        """Take the state that `plain` has returned."""
+        self.left = plain["left"]
+
+
+class Seeded(Sampler):
+    """The base of strategies with a seed."""
 
     def __init__(self, executions: int, seed: int) -> None:
         super().__init__(executions)
         self._random = Random(seed)
+
+    def plain(self, objects: Objects) -> dict[str, Any]:
+        return {**super().plain(objects), "random": self._random.state}
+
+    def go_on(self, plain: Mapping[str, Any], objects: Objects) -> None:
+        super().go_on(plain, objects)
+        self._random.state = plain["random"]
+
+
+class RandomWalk(Seeded):
+    """Chooses each enabled task with equal probability."""
 
     def pick(self, enabled: int, last: int) -> int:
         able = list(bits(enabled))
         return able[self._random.below(len(able))] if len(able) > 1 else able[0]
 
 
-class Pct(Sampler):
+class Pct(Seeded):
     """PCT for bugs of `depth` d; `steps` k is an estimate that grows to the longest execution seen."""
 
     def __init__(self, executions: int, seed: int, depth: int, steps: int = 1) -> None:
-        super().__init__(executions)
-        self._random = Random(seed)
+        super().__init__(executions, seed)
         self.depth = depth
         self.steps = steps
         self.tasks = 0
@@ -133,18 +152,24 @@ class Pct(Sampler):
         if lower is not None:
             self._priorities[task.index] = lower
 
+    def plain(self, objects: Objects) -> dict[str, Any]:
+        return {**super().plain(objects), "steps": max(self.steps, self._at), "tasks": self.tasks}
+
+    def go_on(self, plain: Mapping[str, Any], objects: Objects) -> None:
+        super().go_on(plain, objects)
+        self.steps, self.tasks = plain["steps"], plain["tasks"]
+
     def guarantee(self) -> float:
         """Return a lower bound of the probability that one more execution finds a bug of this depth."""
         steps = max(self.steps, self._at)
         return 1.0 / float(max(1, self.tasks) * steps ** (self.depth - 1))
 
 
-class Pos(Sampler):
+class Pos(Seeded):
     """POS: priorities of steps."""
 
     def __init__(self, executions: int, seed: int) -> None:
-        super().__init__(executions)
-        self._random = Random(seed)
+        super().__init__(executions, seed)
         self._tasks: Sequence[Task] = ()
         self._priorities: list[int] = []
 
@@ -163,15 +188,14 @@ class Pos(Sampler):
                 self._priorities[other.index] = self._random.next()
 
 
-class Surw(Sampler):
+class Surw(Seeded):
     """SURW: the orders of the steps that touch one object, uniformly.
 
     chosen: the object of this execution; 0 in the first one, which only counts.
     """
 
     def __init__(self, executions: int, seed: int) -> None:
-        super().__init__(executions)
-        self._random = Random(seed)
+        super().__init__(executions, seed)
         self._tasks: Sequence[Task] = ()
         self.chosen = 0
         self._left: list[int] = []  # by task: its steps that touch the object and are still to come
@@ -191,6 +215,18 @@ class Surw(Sampler):
                 self._left[index] = steps
         self._steps, self._written = {}, 0
         self._draw()
+
+    def plain(self, objects: Objects) -> dict[str, Any]:
+        steps = [[objects.names[bit], list(by_task.items())] for bit, by_task in self._steps.items()]
+        return {**super().plain(objects), "steps": steps, "written": objects.of(self._written)}
+
+    def go_on(self, plain: Mapping[str, Any], objects: Objects) -> None:
+        super().go_on(plain, objects)
+        self._steps = {
+            objects.bit(name_of(name)).bit_length() - 1: Counter(dict(by_task))
+            for name, by_task in plain["steps"]
+        }
+        self._written = objects.mask(map(name_of, plain["written"]))
 
     def _draw(self) -> None:
         """Draw the task that is to take the next step of those that touch the object; -1: none is left."""

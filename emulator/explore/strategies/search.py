@@ -97,10 +97,17 @@ def search(
     limits: Limits,
     bad: Callable[[str], bool],
     stop: Callable[[], bool] = lambda: False,
+    *,
+    found: Found | None = None,
+    keep: Callable[[Found], None] = lambda found: None,
 ) -> Found:
-    """Run executions until the strategy has none left, a limit is reached, or an outcome is bad."""
-    found = Found()
+    """Run executions until the strategy has none left, a limit is reached, or an outcome is bad.
+
+    found: the results of the strategy's earlier executions.  keep: called between executions.
+    """
+    found = found or Found()
     while found.more:
+        keep(found)
         if stop() or limits.reached(found):
             break
         execution = run_once(program, objects, strategy, limits)

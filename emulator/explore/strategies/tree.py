@@ -14,7 +14,7 @@ in any case.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from emulator.explore.engine.objects import Objects, bits
@@ -123,6 +123,14 @@ class Tree:
     def prefix(node: Branch, choice: int) -> tuple[int, ...]:
         return (*(branch.step for branch in node.path()[1:]), choice)
 
+    def under(self, prefix: Sequence[int]) -> Branch:
+        """Return the node at which the last step of a prefix is chosen."""
+        assert self.root is not None
+        node = self.root
+        for step in prefix[:-1]:
+            node = node.children[step]
+        return node
+
     # --- their outcomes -------------------------------------------------------------------------------------
 
     def grow(self, node: Branch | None, choice: int, rest: tuple[Rest, ...]) -> None:
@@ -167,6 +175,16 @@ class Tree:
             del node.parent.children[node.step]
 
 
+@dataclass(slots=True)
+class Left:
+    """A search that is not at its end: its tree, its results so far, and the parts of the present round that
+    have not been searched."""
+
+    tree: Tree
+    found: Found
+    parts: Sequence[Part] = ()
+
+
 def wide_search(
     program: Program,
     objects: Objects,
@@ -178,28 +196,35 @@ def wide_search(
     *,
     plain: int = PLAIN,
     part: int = PART,
+    left: Left | None = None,
+    keep: Callable[[Left], None] = lambda left: None,
 ) -> Found:
     """Search exhaustively up to the first bad outcome: first plainly in this process, and then, if the search
-    is large, in parts by the team."""
+    is large, in parts by the team.
+
+    left: go on with this search instead.  keep: called after each part; `left` may be a copy of its argument.
+    """
     most = limits.executions or 1 << 62
-    strategy = Exhaustive(objects, bound=bound)
-    found = search(program, objects, strategy, replace(limits, executions=min(most, plain)), bad, stop)
-    if not found.more or found.schedule is not None or not found.executions:
-        return found
-    tree = Tree(bound)
-    tree.grow(None, -1, rest_of(strategy))
+    if left is None:
+        strategy = Exhaustive(objects, bound=bound)
+        found = search(program, objects, strategy, replace(limits, executions=min(most, plain)), bad, stop)
+        if not found.more or found.schedule is not None or not found.executions:
+            return found
+        left = Left(Tree(bound), found)
+        left.tree.grow(None, -1, rest_of(strategy))
+    tree, found = left.tree, left.found
     while tree.root is not None and found.schedule is None and not stop():
-        parts = _round(tree, replace(limits, executions=part), most - found.executions)
-        if not parts:
+        left.parts = left.parts or _round(tree, replace(limits, executions=part), most - found.executions)
+        if not left.parts:
             break
-        _do(tree, parts, team, found)
+        _do(left, team, keep)
     found.bounded_away |= tree.bounded_away
     found.more = tree.root is not None
     found.complete = not found.more and not found.too_long
     return found
 
 
-def _round(tree: Tree, limits: Limits, left: int) -> list[tuple[Branch, int, Part]]:
+def _round(tree: Tree, limits: Limits, left: int) -> list[Part]:
     """Return the parts of the next round.  limits: of each part; left: executions of all parts together."""
     parts = []
     for node, choice in tree.round(ROUND):
@@ -208,18 +233,21 @@ def _round(tree: Tree, limits: Limits, left: int) -> list[tuple[Branch, int, Par
             break
         left -= executions
         node.under_way = True
-        part = Part(tree.prefix(node, choice), dict(node.sleep), tree.bound, executions, limits.steps)
-        parts.append((node, choice, part))
+        prefix = tree.prefix(node, choice)
+        parts.append(Part(prefix, dict(node.sleep), tree.bound, executions, limits.steps))
     return parts
 
 
-def _do(tree: Tree, parts: list[tuple[Branch, int, Part]], team: Team, found: Found) -> None:
-    outcomes = team.outcomes([part for _, _, part in parts])
-    for (node, choice, _), outcome in zip(parts, outcomes, strict=True):
+def _do(left: Left, team: Team, keep: Callable[[Left], None]) -> None:
+    parts, tree, found = left.parts, left.tree, left.found
+    for done, outcome in enumerate(team.outcomes(parts), start=1):
+        part = parts[done - 1]
         _merge(found, outcome.found)
-        tree.done(node, choice, outcome)
+        tree.done(tree.under(part.prefix), part.prefix[-1], outcome)
+        left.parts = parts[done:]
         if found.schedule is not None:
             return
+        keep(left)
 
 
 def _merge(found: Found, other: Found) -> None:
