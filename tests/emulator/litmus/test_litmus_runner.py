@@ -21,7 +21,7 @@ from emulator.litmus.verdict import Outcome, differs, proven
 from emulator.policy import PRESETS, Policy
 
 # For the long run of all tests: executions per test and policy.
-ITERATIONS = int(os.environ.get("FLUSHLAB_LITMUS_ITERATIONS", "4"))
+ITERATIONS = int(os.environ.get("FLUSHLAB_LITMUS_ITERATIONS", "2"))
 
 # Caught every time: the error needs no luck.
 CERTAIN = [

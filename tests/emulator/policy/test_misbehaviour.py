@@ -2,6 +2,9 @@
 
 Whatever a file does comes to exit status 2 and one line that names it, or it has no effect at all: no
 status of its own, nothing on standard output, no thread and no process left.
+
+Each misdeed is tried in a third of the places, and each place has a third of the misdeeds;
+`FLUSHLAB_MISDEEDS=all` tries the whole product.
 """
 
 from __future__ import annotations
@@ -173,6 +176,17 @@ COMMANDS = {
 }
 
 
+def combinations(places: dict[str, str], misdeeds: list[str]) -> list[tuple[str, str]]:
+    """Return pairs of place and misdeed: all of them, or by turns a third of each misdeed's places."""
+    every = 1 if os.environ.get("FLUSHLAB_MISDEEDS") == "all" else 3
+    return [
+        (place, what)
+        for number, what in enumerate(misdeeds)
+        for turn, place in enumerate(places.values())
+        if (number + turn) % every == 0
+    ]
+
+
 @dataclass
 class Outcome:
     status: int
@@ -208,7 +222,8 @@ class Desk:
         path = self.written(place, what)
         found = self.run(command, path)
         assert (found.status, found.out) == (2, ""), (command, place, what, found)
-        lines = found.err.splitlines()
+        # On a busy machine a search tells its progress first.
+        lines = [line for line in found.err.splitlines() if not line.startswith("explore: ")]
         assert len(lines) == 1, (command, place, what, found)
         assert lines[0].startswith(f"flushlab: {path}:"), found
         assert lines[0].isprintable()
@@ -252,23 +267,23 @@ def test_no_file_gives_the_status(what: str, command: str, tmp_path: Path) -> No
 
 
 def test_files_that_misbehave_when_they_are_loaded(desk: Desk) -> None:
-    for place, what in itertools.product(PLACES.values(), [*REFUSED, *ASSIGNS]):
+    for place, what in combinations(PLACES, [*REFUSED, *ASSIGNS]):
         desk.refused("explore", place, what)
 
 
 def test_files_that_do_no_harm_when_they_are_loaded(desk: Desk) -> None:
-    for place, what in itertools.product(PLACES.values(), HARMLESS):
+    for place, what in combinations(PLACES, HARMLESS):
         desk.harmless("explore", place, what)
     for what in PATCHES:
         desk.harmless("explore", PLACES["import"], what)
 
 
 def test_files_that_misbehave_when_they_are_asked(desk: Desk) -> None:
-    for place, what in itertools.product(METHODS.values(), [*REFUSED, *ASSIGNS, *PATCHES]):
+    for place, what in combinations(METHODS, [*REFUSED, *ASSIGNS, *PATCHES]):
         desk.refused("explore", place, what)
     for what in [*REFUSED, *ASSIGNS, *PATCHES]:
         desk.refused("litmus", METHODS["method"], what)
-    for place, what in itertools.product(METHODS.values(), HARMLESS):
+    for place, what in combinations(METHODS, HARMLESS):
         desk.harmless("explore", place, what)
 
 
