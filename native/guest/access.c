@@ -46,7 +46,7 @@ void guest_store(struct walk *w, uint64_t record, const struct tlb_entry *e)
 
 /* Walk KVM's shadow tables.  A page fault exits; if KVM injects it, the guest's OS handles it before it repeats the
  * access. */
-static enum walk_result walk_without_ept(struct walk *w, uint64_t record, struct tlb_entry *e)
+static __attribute__((noinline)) enum walk_result walk_without_ept(struct walk *w, uint64_t record, struct tlb_entry *e)
 {
 	enum walk_result r = walk_shadow(w, RECORD_PAGE(record), RECORD_TYPE(record), e);
 
@@ -73,7 +73,9 @@ static enum walk_result walk(struct walk *w, uint64_t record, struct tlb_entry *
 }
 
 /* Handle a miss of both levels.  ghost: the result of tlb_ghost(), or NULL. */
-static enum walk_result access_miss(struct walk *w, uint64_t record, const struct tlb_entry *ghost, struct tlb_entry *e)
+static inline __attribute__((always_inline)) enum walk_result access_miss(struct walk *w, uint64_t record,
+									  const struct tlb_entry *ghost,
+									  struct tlb_entry *e)
 {
 	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
 	/* With EPT and without paging the walk looks up this translation again, and handles the ghost. */

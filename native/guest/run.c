@@ -264,7 +264,7 @@ static int enter(struct run *run, struct machine *m, uint32_t cpu, uint32_t vcpu
 	*out = (struct vcpu_exit){ .reason = EXIT_PREEMPTION_TIMER };
 	*run = (struct run){ .budget = budget };
 	*w = (struct walk){ .m = m, .cpu = &m->cpus[cpu], .tlb = m->cpus[cpu].tlb, .vcpu = v,
-			    .guest = v->guest, .exit = out };
+			    .vm = &m->vms[v->vm], .guest = v->guest, .exit = out };
 	hw_load_context(w, vmcs);
 	accesses_begin(&run->accesses, w);
 	w->cpu->guest_vm = v->vm;

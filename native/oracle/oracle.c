@@ -49,7 +49,7 @@ static uint32_t judge_kvm(struct machine *m, const struct use *use, struct judge
 	j->live = e.hfn == hfn ? is_write(type) ? e.live_write : e.live_read : 0;
 	held = e.hfn == hfn && !(e.revoked & (is_write(type) ? 2 : 1));
 
-	if (is_write(type) && writes_tracked(m, entry->vm, gfn))
+	if (is_write(type) && writes_tracked(&m->vms[entry->vm], gfn))
 		missed = 1u << VIOLATION_MISSED_GUEST_WRITE;
 	/* A grant made after the promise does not count if the frame has been freed since. */
 	if (held && !freed) {

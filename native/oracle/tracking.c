@@ -42,9 +42,9 @@ int oracle_track_writes(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t g
 	return 0;
 }
 
-bool writes_tracked_in(const struct machine *m, uint32_t vm, const _Atomic uint64_t *bits, uint64_t gfn)
+bool writes_tracked_in(const struct vm *vm, const _Atomic uint64_t *bits, uint64_t gfn)
 {
-	return gfn < m->vms[vm].gfns &&
+	return gfn < vm->gfns &&
 	       atomic_load_explicit(&bits[gfn / 64], memory_order_relaxed) >> gfn % 64 & 1;
 }
 

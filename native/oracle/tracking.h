@@ -17,16 +17,16 @@ int oracle_track_writes(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t g
 /* end api */
 
 /* writes_tracked() for a VM with such promises, which `bits` records by gfn. */
-bool writes_tracked_in(const struct machine *m, uint32_t vm, const _Atomic uint64_t *bits, uint64_t gfn);
+bool writes_tracked_in(const struct vm *vm, const _Atomic uint64_t *bits, uint64_t gfn);
 
 /* Return whether the promise holds for a page.  Each walk asks, and in a VM without shadow pages learns here that none
  * does. */
-static inline bool writes_tracked(const struct machine *m, uint32_t vm, uint64_t gfn)
+static inline bool writes_tracked(const struct vm *vm, uint64_t gfn)
 {
 	/* Acquire: pairs with the release of bits_made(). */
-	const _Atomic uint64_t *bits = atomic_load_explicit(&m->vms[vm].tracked, memory_order_acquire);
+	const _Atomic uint64_t *bits = atomic_load_explicit(&vm->tracked, memory_order_acquire);
 
-	return __builtin_expect(bits != NULL, 0) && writes_tracked_in(m, vm, bits, gfn);
+	return __builtin_expect(bits != NULL, 0) && writes_tracked_in(vm, bits, gfn);
 }
 
 void tracking_destroy(struct machine *m, struct vm *vm);

@@ -202,8 +202,8 @@ static inline void set_touch(const struct store *s, struct set *set, uint32_t wa
 	uint64_t bit = UINT64_C(1) << way, recent = set->recent | bit;
 
 	/* The bits beyond the last way are set from the start.  When no bit is left clear, only those and this
-	 * one stay; without a branch, which would be hard to predict. */
-	set->recent = recent & (-(uint64_t)(recent != UINT64_MAX) | s->beyond | bit);
+	 * one stay: a conditional move, because a branch would be hard to predict. */
+	set->recent = recent == UINT64_MAX ? s->beyond | bit : recent;
 }
 
 /* Record a use of a cell. */

@@ -131,7 +131,7 @@ static void fill(struct walk *w, uint64_t spte, uint32_t level, uint64_t page, u
 }
 
 /* doubt() for L1's EPT: it forbids the mapping, or its writes. */
-static __attribute__((noinline)) void doubt_nested(const struct walk *w, uint64_t page, struct tlb_entry *e)
+static void doubt_nested(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
 	if (ept12_agreement(w->vcpu, e, page, ACCESS_READ) != GUEST_AGREES) {
 		entry_leave_all_unjudged(e);
@@ -143,11 +143,18 @@ static __attribute__((noinline)) void doubt_nested(const struct walk *w, uint64_
 		entry_leave_unjudged(e, ACCESS_WRITE);
 }
 
+/* Return whether the custody of a leaf holds, and nothing is in the way of the rights that it grants. */
+static inline bool certain(const struct walk *w, uint64_t gfn, uint64_t spte, uint32_t level)
+{
+	return level == PG_LEVEL_4K && walk_leaf_permitted(w->m->frames, spte) && !w->vmcs->nested_ept &&
+	       !writes_tracked(w->vm, gfn);
+}
+
 /* Let the oracle judge the first use if L1's EPT forbids the mapping, or if a write is doubtful: a fill takes the
  * frame's present tag, which vouches for the SPTE only. */
-static inline void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
+static __attribute__((noinline)) void doubt(const struct walk *w, uint64_t page, struct tlb_entry *e)
 {
-	if (__builtin_expect(w->vmcs->nested_ept, 0))
+	if (w->vmcs->nested_ept)
 		doubt_nested(w, page, e);
 	else if (e->right[ACCESS_WRITE] != RIGHT_NONE && writes_doubtful(w, e, page))
 		entry_leave_unjudged(e, ACCESS_WRITE);
@@ -163,6 +170,7 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		_Atomic uint64_t *slot = ept_table(w->m, table) + (gfn >> (level - 1) * 9 & 511);
 		uint64_t spte = atomic_load_explicit(slot, memory_order_acquire), l1_gfn, first;
 		uint32_t tag, hfn;
+		bool doubtless;
 
 		count(w->cpu->counters, COUNT_WALK_REFERENCES, 1);
 		if (!walk_table_holds(w, table, custody)) {
@@ -200,11 +208,13 @@ static enum walk_result ept_walk(struct walk *w, uint64_t gfn, uint32_t type, st
 		tag = (uint32_t)atomic_load_explicit(&w->m->frames->tag[hfn], memory_order_acquire);
 		if (atomic_load_explicit(slot, memory_order_acquire) != spte)
 			continue;
+		doubtless = certain(w, gfn, spte, level);
 		/* Void custody: no tag can stand for it, so the oracle decides. */
-		if (!frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
+		if (!doubtless && !frame_custody_holds(w->m->frames, hfn, spte_leaf_custody(spte, level)))
 			tag = RIGHT_UNJUDGED;
 		fill(w, spte, level, first, l1_gfn, tag | w->life_bits, out);
-		doubt(w, gfn, out);
+		if (!doubtless)
+			doubt(w, gfn, out);
 		return WALK_DONE;
 	}
 }

@@ -11,6 +11,7 @@
 
 struct guest;
 struct vcpu_exit;
+struct vm;
 struct vmcs;
 
 /* The walks of one pCPU for one vCPU. */
@@ -19,6 +20,7 @@ struct walk {
 	struct cpu *cpu;
 	struct tlb *tlb;
 	struct vcpu *vcpu;
+	const struct vm *vm; /* the vCPU's */
 	struct guest *guest;
 	const struct vmcs *vmcs; /* current VMCS of the pCPU */
 	uint32_t life_bits;    /* life of the root page, << 16 */

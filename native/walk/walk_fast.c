@@ -105,7 +105,7 @@ static inline bool find_physical(struct walk *w, uint64_t gfn, uint32_t type, st
 	f->gfn = gfn;
 	f->physical = place_of_4k(w->tlb, w->tlb->physical, gfn);
 	return place_vacant(w->tlb, &f->physical) && read_spte(w, gfn, type, f) &&
-	       !(f->right[ACCESS_WRITE] != RIGHT_NONE && writes_tracked(w->m, w->vcpu->vm, gfn));
+	       !(f->right[ACCESS_WRITE] != RIGHT_NONE && writes_tracked(w->vm, gfn));
 }
 
 /* Write the fields that both mappings share. */

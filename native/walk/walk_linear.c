@@ -25,25 +25,23 @@ static const struct format formats[] = {
 	[GUEST_TABLES_32_PSE] = { 2, 10, 4, 2 },
 };
 
-static const struct format *format_of(const struct walk *w)
-{
-	return &formats[w->guest->tables];
-}
+/* A part of a walk that is compiled twice: for tables of four levels, and for any format (walk_linear()). */
+#define OF_FORMAT inline __attribute__((always_inline))
 
-static uint32_t index_of(const struct format *f, uint64_t page, uint32_t level)
+static OF_FORMAT uint32_t index_of(const struct format *f, uint64_t page, uint32_t level)
 {
 	return page >> (level - 1) * f->bits & ((1u << f->bits) - 1);
 }
 
 /* Entries of 4 bytes are halves of the words of guest memory. */
-static _Atomic uint64_t *entry_word(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index,
-				    uint32_t *shift)
+static OF_FORMAT _Atomic uint64_t *entry_word(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index,
+					      uint32_t *shift)
 {
 	*shift = index * f->entry_bytes % sizeof(uint64_t) * 8;
 	return guest_word(w->m, hfn, (uint32_t)(index * f->entry_bytes / sizeof(uint64_t)));
 }
 
-static uint64_t read_entry(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index)
+static OF_FORMAT uint64_t read_entry(const struct walk *w, const struct format *f, uint32_t hfn, uint32_t index)
 {
 	uint32_t shift;
 	/* A statement of its own: in one with the shift, C would not order the two. */
@@ -141,10 +139,9 @@ static enum walk_result table_enter(struct walk *w, uint64_t gfn, uint32_t level
 	return WALK_DONE;
 }
 
-static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *t)
+static OF_FORMAT enum walk_result walk_begin(struct walk *w, uint64_t page, const struct format *f, struct table *t)
 {
 	const struct psc_entry *p = psc_search(w->tlb, KIND_COMBINED, page);
-	const struct format *f = format_of(w);
 	uint64_t top = w->guest->cr3_gfn;
 	uint32_t right;
 
@@ -158,7 +155,7 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 		if (w->speculative)
 			return WALK_EXIT;
 	}
-	if (w->guest->tables == GUEST_TABLES_PAE) {
+	if (f == &formats[GUEST_TABLES_PAE]) {
 		uint64_t pdpte = w->guest->pdpte[page >> 18 & (GUEST_PDPTES - 1)];
 
 		if (!(pdpte & GPTE_PRESENT))
@@ -169,28 +166,31 @@ static enum walk_result walk_begin(struct walk *w, uint64_t page, struct table *
 }
 
 /* Set accessed and dirty flags: a guest write to the table page. */
-static enum walk_result set_flags(struct walk *w, const struct table *t, uint32_t index, uint64_t gpte,
-				  uint64_t flags)
+static enum walk_result write_flags(struct walk *w, const struct table *t, uint32_t index, uint64_t flags)
 {
 	_Atomic uint64_t *word;
 	struct tlb_entry e;
 	enum walk_result r;
 	uint32_t shift;
 
-	if ((gpte & flags) == flags)
-		return WALK_DONE;
 	r = walk_physical(w, t->gfn, ACCESS_WRITE, &e);
 	if (r != WALK_DONE)
 		return r;
-	word = entry_word(w, format_of(w), e.hfn + (uint32_t)(t->gfn - e.page), index, &shift);
+	word = entry_word(w, &formats[w->guest->tables], e.hfn + (uint32_t)(t->gfn - e.page), index, &shift);
 	/* Relaxed: guest memory, which only the guest orders. */
 	atomic_fetch_or_explicit(word, flags << shift, memory_order_relaxed);
 	return WALK_DONE;
 }
 
+static inline enum walk_result set_flags(struct walk *w, const struct table *t, uint32_t index, uint64_t gpte,
+					 uint64_t flags)
+{
+	return (gpte & flags) == flags ? WALK_DONE : write_flags(w, t, index, flags);
+}
+
 /* Combine the guest page and the guest-physical page behind it, in *e, into one mapping of the smaller size. */
-static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest_size, bool dirty, uint64_t gfn,
-		    struct tlb_entry *e)
+static OF_FORMAT void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest_size, bool dirty, uint64_t gfn,
+			      struct tlb_entry *e)
 {
 	uint32_t size = e->size < guest_size ? e->size : guest_size;
 	uint64_t span = UINT64_C(1) << size * 9, below = page & (span - 1);
@@ -210,10 +210,9 @@ static void combine(struct walk *w, uint64_t page, uint64_t gpte, uint32_t guest
 		e->right[ACCESS_WRITE] = RIGHT_NONE;
 }
 
-static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, const struct table *t,
-			       uint64_t gpte, struct tlb_entry *out)
+static OF_FORMAT enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, const struct format *f,
+					 const struct table *t, uint64_t gpte, struct tlb_entry *out)
 {
-	const struct format *f = format_of(w);
 	uint32_t guest_size = t->level - 1, index = index_of(f, page, t->level);
 	uint64_t below = (UINT64_C(1) << guest_size * f->bits) - 1;
 	uint64_t gfn = ((gpte & GPTE_ADDRESS) >> 12 & ~below) + (page & below);
@@ -235,11 +234,11 @@ static enum walk_result finish(struct walk *w, uint64_t page, uint32_t type, con
 	return WALK_DONE;
 }
 
-enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out)
+static OF_FORMAT enum walk_result walk_tables(struct walk *w, uint64_t page, uint32_t type, const struct format *f,
+					      struct tlb_entry *out)
 {
-	const struct format *f = format_of(w);
 	struct table t;
-	enum walk_result r = walk_begin(w, page, &t);
+	enum walk_result r = walk_begin(w, page, f, &t);
 
 	while (r == WALK_DONE) {
 		uint32_t index = index_of(f, page, t.level), right;
@@ -249,7 +248,7 @@ enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struc
 		if (!(gpte & GPTE_PRESENT))
 			return WALK_GUEST_FAULT;
 		if (t.level == 1 || (t.level == f->huge_level && (gpte & GPTE_PAGE_SIZE)))
-			return finish(w, page, type, &t, gpte, out);
+			return finish(w, page, type, f, &t, gpte, out);
 		r = set_flags(w, &t, index, gpte, GPTE_ACCESSED);
 		if (r != WALK_DONE)
 			break;
@@ -258,4 +257,17 @@ enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struc
 			cache_table(w, page, &t, right);
 	}
 	return r;
+}
+
+static __attribute__((noinline)) enum walk_result walk_other(struct walk *w, uint64_t page, uint32_t type,
+							     struct tlb_entry *out)
+{
+	return walk_tables(w, page, type, &formats[w->guest->tables], out);
+}
+
+enum walk_result walk_linear(struct walk *w, uint64_t page, uint32_t type, struct tlb_entry *out)
+{
+	if (__builtin_expect(w->guest->tables != GUEST_TABLES_64, 0))
+		return walk_other(w, page, type, out);
+	return walk_tables(w, page, type, &formats[GUEST_TABLES_64], out);
 }

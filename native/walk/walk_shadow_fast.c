@@ -64,7 +64,7 @@ static inline bool undoubted(const struct walk *w, uint64_t page, const struct f
 	const struct guest_page *gp;
 	struct guest_mapping now;
 
-	if (f->spte & SPTE_WRITABLE && writes_tracked(w->m, w->vcpu->vm, f->gfn))
+	if (f->spte & SPTE_WRITABLE && writes_tracked(w->vm, f->gfn))
 		return false;
 	if (!w->guest->config.paging)
 		return f->gfn == page;

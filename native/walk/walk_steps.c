@@ -25,27 +25,23 @@ static uint32_t link_faults(const struct walk *w, const struct psc_entry *link)
 	return kinds;
 }
 
-uint32_t walk_start(struct walk *w, uint32_t kind, uint64_t page, uint32_t type, uint32_t *table, uint32_t *custody)
+uint32_t walk_start_slow(struct walk *w, const struct psc_entry *link, uint32_t kind, uint64_t page, uint32_t type,
+			 uint32_t *table, uint32_t *custody)
 {
-	const struct psc_entry *link = psc_search(w->tlb, kind, page);
-	uint32_t kinds = link ? link_faults(w, link) : 0;
+	uint32_t kinds = link_faults(w, link);
 
-	if (link && !kinds) {
+	if (!kinds) {
 		if (frame_unlinked(w->m->frames, link->hfn) && !w->speculative)
 			count(w->cpu->counters, COUNT_STALE_WALKS, 1);
-		*table = link->hfn;
-		*custody = link->right & FRAME_TAG_MASK;
 		return link->level;
 	}
-	if (link) {
-		if (w->speculative)
-			return 0;
-		walk_report_link(w, link, page, type, kinds);
-		if (kind == KIND_LINEAR)
-			page_fault_invalidate(w->tlb, page);
-		else
-			ept_violation_invalidate(w->tlb, page, 0, 0);
-	}
+	if (w->speculative)
+		return 0;
+	walk_report_link(w, link, page, type, kinds);
+	if (kind == KIND_LINEAR)
+		page_fault_invalidate(w->tlb, page);
+	else
+		ept_violation_invalidate(w->tlb, page, 0, 0);
 	*table = w->vmcs->root;
 	*custody = w->vmcs->life;
 	return w->vmcs->root_level;

@@ -7,12 +7,14 @@
 #include "ept/ept.h"
 #include "memory/frame.h"
 #include "oracle/tracking.h"
+#include "tlb/psc.h"
 #include "tlb/tlb.h"
+#include "vm/guest_state.h"
+#include "vm/vm.h"
+#include "walk/vmcs.h"
 #include "walk/walk.h"
 
 enum { SPTE_RWX = SPTE_READABLE | SPTE_WRITABLE | SPTE_EXECUTABLE };
-
-struct psc_entry;
 
 static inline uint32_t walk_access_bit(uint32_t type)
 {
@@ -37,7 +39,7 @@ static inline void walk_rights(uint64_t spte, uint32_t right, uint32_t rights[AC
 static inline bool writes_doubtful(const struct walk *w, const struct tlb_entry *e, uint64_t page)
 {
 	return frame_host_readonly(w->m->frames, e->hfn + (uint32_t)(page - e->page)) ||
-	       writes_tracked(w->m, w->vcpu->vm, e->gfn + (page - e->page));
+	       writes_tracked(w->vm, e->gfn + (page - e->page));
 }
 
 /* Return whether the custody of a 4K leaf holds, and the host permits writes if the leaf does. */
@@ -65,10 +67,33 @@ static inline bool walk_set_accessed(struct counters *counters, _Atomic uint64_t
 	return true;
 }
 
-/* Find the table where a walk starts: the deepest one cached for the page under `kind`, or the root.  Returns its level;
- * 0: a cached link may not be used, and a speculative walk, which repairs nothing, ends here.  Any other walk reports
- * the link, drops it, and starts at the root. */
-uint32_t walk_start(struct walk *w, uint32_t kind, uint64_t page, uint32_t type, uint32_t *table, uint32_t *custody);
+/* The rest of walk_start() for a cached link that another guest, root or VM has filled, or to a table that is no
+ * longer in use; *table and *custody are the link's. */
+uint32_t walk_start_slow(struct walk *w, const struct psc_entry *link, uint32_t kind, uint64_t page, uint32_t type,
+			 uint32_t *table, uint32_t *custody);
+
+/* Find the table where a walk starts: the deepest one cached for the page under `kind`, or the root.  Return its
+ * level; 0: a cached link may not be used, and a speculative walk, which repairs nothing, ends here.  Any other walk
+ * reports the link, drops it, and starts at the root. */
+static inline uint32_t walk_start(struct walk *w, uint32_t kind, uint64_t page, uint32_t type, uint32_t *table,
+				  uint32_t *custody)
+{
+	const struct psc_entry *link = psc_search(w->tlb, kind, page);
+
+	if (!link) {
+		*table = w->vmcs->root;
+		*custody = w->vmcs->life;
+		return w->vmcs->root_level;
+	}
+	*table = link->hfn;
+	*custody = link->right & FRAME_TAG_MASK;
+	if (__builtin_expect(link->right >> 16 != w->life_bits >> 16 || link->nested != w->guest->vmx.nested ||
+			     link->vm != w->vcpu->vm || frame_unlinked(w->m->frames, link->hfn) ||
+			     !walk_table_holds(w, *table, *custody), 0))
+		return walk_start_slow(w, link, kind, page, type, table, custody);
+	return link->level;
+}
+
 /* Cache the table that `spte` links, at `level`. */
 void walk_cache_table(struct walk *w, uint32_t kind, uint64_t page, uint32_t level, uint64_t spte);
 /* Report a table page that the link to it no longer owns, or that an earlier owner of the root page linked.  page: the
