@@ -232,27 +232,35 @@ static int check_step(struct machine *m, uint32_t cpu, uint32_t vm, const struct
 	return 0;
 }
 
-int spte_replace(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
-		 uint64_t new_spte)
+static inline int try_replace(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at,
+			      uint64_t old_spte, uint64_t new_spte)
 {
-	int error = check_step(m, cpu, vm, at, new_spte);
-
-	if (error)
-		return error;
 	if (!spte_try_change(m, cpu, vm, &ept_table(m, at->table)[at->index], at->level, at->gfn, old_spte, new_spte))
 		return MACHINE_AGAIN;
 	account(m, cpu, vm, at->gfn, at->level, old_spte, new_spte);
 	return 0;
 }
 
+int spte_replace(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
+		 uint64_t new_spte)
+{
+	int error = check_step(m, cpu, vm, at, new_spte);
+
+	return error ? error : try_replace(m, cpu, vm, at, old_spte, new_spte);
+}
+
 int spte_set_atomic(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t old_spte,
 		    uint64_t new_spte)
 {
+	int error = check_step(m, cpu, vm, at, new_spte);
+
+	if (error)
+		return error;
 	/* handle_changed_spte() has a BUG() for it: the old frame must be flushed before the new one appears. */
 	if (is_last_spte(old_spte, at->level) && is_last_spte(new_spte, at->level) &&
-	    spte_hfn(old_spte) != spte_hfn(new_spte) && !check_step(m, cpu, vm, at, new_spte))
+	    spte_hfn(old_spte) != spte_hfn(new_spte))
 		return misuse(m, cpu, "a leaf replaces one of another frame", new_spte);
-	return spte_replace(m, cpu, vm, at, old_spte, new_spte);
+	return try_replace(m, cpu, vm, at, old_spte, new_spte);
 }
 
 int spte_store(struct machine *m, uint32_t cpu, uint32_t vm, const struct spte_place *at, uint64_t *old,

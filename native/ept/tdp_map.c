@@ -36,19 +36,20 @@ int tdp_mmu_fill_split_table(struct machine *m, uint32_t cpu, uint32_t table, ui
 	return 0;
 }
 
-/* spte_try_change() from nothing to a 4K leaf, without its checks. */
+/* spte_try_change() from nothing to a 4K leaf of this frame and custody, without its checks.  bits: all others of the
+ * SPTE. */
 static inline bool install(struct machine *m, struct ledger_cursor *c, _Atomic uint64_t *sptep, uint64_t gfn,
-			   uint64_t spte)
+			   uint64_t bits, uint32_t hfn, uint32_t custody)
 {
-	uint32_t hfn = spte_hfn(spte), custody = spte_custody(spte), host;
-	uint64_t old = 0;
+	uint64_t spte = bits | (uint64_t)hfn << SPTE_HFN_SHIFT | (uint64_t)custody << SPTE_CUSTODY_SHIFT, old = 0;
+	uint32_t host;
 
 	/* Only into empty entries: frozen SPTEs and mappings of another fault are not touched. */
 	if (atomic_load_explicit(sptep, memory_order_relaxed))
 		return false;
 	host = frame_host(m->frames, hfn);
 	/* A custody has no FRAME_HOST_READONLY. */
-	ledger_grant_one(c, gfn, hfn, custody == (host & FRAME_TAG_MASK), spte & SPTE_WRITABLE, custody == host);
+	ledger_grant_one(c, gfn, hfn, custody == (host & FRAME_TAG_MASK), bits & SPTE_WRITABLE, custody == host);
 	/* Orders as in spte_try_change(). */
 	if (atomic_compare_exchange_strong_explicit(sptep, &old, spte, memory_order_acq_rel, memory_order_relaxed))
 		return true;
@@ -74,10 +75,8 @@ int tdp_mmu_map_around(struct machine *m, uint32_t cpu, uint32_t vm, uint32_t ta
 	if (gfn + n > m->vms[vm].gfns)
 		n = gfn < m->vms[vm].gfns ? (uint32_t)(m->vms[vm].gfns - gfn) : 0;
 	for (uint32_t i = 0; i < n; i++) {
-		uint64_t spte = bits[writable[i] != 0] | (uint64_t)hfns[i] << SPTE_HFN_SHIFT |
-				(uint64_t)(tags[i] & FRAME_TAG_MASK) << SPTE_CUSTODY_SHIFT;
-
-		if (hfns[i] == NO_FRAME || !install(m, &c, &sptep[i], gfn + i, spte))
+		if (hfns[i] == NO_FRAME || !install(m, &c, &sptep[i], gfn + i, bits[writable[i] != 0], hfns[i],
+						    tags[i] & FRAME_TAG_MASK))
 			continue;
 		if (!mapped++)
 			first = i;

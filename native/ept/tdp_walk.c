@@ -167,6 +167,7 @@ static void record(const struct tdp_iter *it, uint32_t kind)
 			  it->gfn - it->first_changed);
 }
 
+/* All changes of a walk need a flush, or none does. */
 static void account(struct tdp_iter *it)
 {
 	struct counters *counters = it->m->cpus[it->cpu].counters;
@@ -175,12 +176,14 @@ static void account(struct tdp_iter *it)
 	case TDP_ZAP_LEAFS:
 	case TDP_ZAP_LEVEL:
 	case TDP_ZAP_RANGE:
+		it->c->flush = it->c->changed;
 		count(counters, COUNT_SPTES_ZAPPED, it->c->pages);
 		if (it->c->changed)
 			record(it, EVENT_ZAP);
 		break;
 	case TDP_WRPROT:
 	case TDP_CLEAR_DIRTY:
+		it->c->flush = it->c->changed;
 		if (it->c->changed)
 			record(it, EVENT_PROTECT);
 		break;
