@@ -94,6 +94,7 @@ def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     cpu.point("indirect_shadow_pages", kvm.id, "write")
     kvm.shadow.indirect_shadow_pages += 1
     smp_mb(cpu)
+    cpu.point("memslots", kvm.id, "read")
     slot = gfn_to_slot_of_role(kvm, sp.gfn, sp.role)
     tracked = sp.role.level > PG_LEVEL_4K
     if tracked:
@@ -118,6 +119,7 @@ def unaccount_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     """unaccount_shadowed(): the page shadows the table no longer.  SPTEs gain W by faults only."""
     cpu.point("indirect_shadow_pages", kvm.id, "write")
     kvm.shadow.indirect_shadow_pages -= 1
+    cpu.point("memslots", kvm.id, "read")
     slot = gfn_to_slot_of_role(kvm, sp.gfn, sp.role)
     if sp.role.level > PG_LEVEL_4K:
         left = slot.arch.gfn_write_track[sp.gfn] - 1

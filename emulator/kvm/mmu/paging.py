@@ -250,6 +250,7 @@ def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: SpteIndex) -> 
     """
     kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
     fmt, sptep, gpte = w.fmt, Sptep(sp, index), None
+    cpu.point("memslots", kvm.id, "read")
     slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
     if slot is not None:
         at = first_gpte(sp) + index
@@ -270,6 +271,7 @@ def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: SpteIndex) -> 
         return 0
     sp.shadowed_access[index] = access
     spte = spte_of(cpu, sptep)
+    cpu.point("memslots", kvm.id, "read")
     page_slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
     assert page_slot is not None
     new_spte, _ = make_shadow_spte(

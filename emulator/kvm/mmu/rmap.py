@@ -60,6 +60,7 @@ def drop_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
     if is_shadow_present_pte(mmu_spte_clear_track_bits(cpu, kvm, sptep)):
         sp = sptep.sp
         gfn = kvm_mmu_page_get_gfn(cpu, sp, sptep.idx)
+        cpu.point("memslots", kvm.id, "read")
         gfn_to_rmap(gfn_to_slot_of_role(kvm, gfn, sp.role), gfn, sp.role.level).remove(sptep)
 
 

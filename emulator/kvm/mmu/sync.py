@@ -121,6 +121,7 @@ def mmu_sync_children(cpu: Cpu, vcpu: Vcpu, parent: ShadowPage, *, can_yield: bo
     while unsync := unsync_leafs(cpu, kvm, parent):
         protected = False
         for sp in unsync:
+            cpu.point("memslots", kvm.id, "read")
             slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
             assert slot is not None
             protected |= kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K)
