@@ -34,6 +34,8 @@ _LOW_SHIFT: Final[int] = lib.SPTE_CUSTODY_SHIFT
 _LOW_MASK: Final = (1 << MMIO_SPTE_GEN_LOW_BITS) - 1
 _HIGH_SHIFT: Final[int] = lib.SPTE_HOST_WRITABLE_BIT
 _HIGH_MASK: Final = (1 << MMIO_SPTE_GEN_HIGH_BITS) - 1
+# A bit that the kernel has not: a sync has given the SPTE its generation (sync_mmio_spte).
+_RENEWED: Final = 1 << 60
 _GFN_SHIFT: Final[int] = lib.SPTE_HFN_SHIFT
 _GFN_MASK: Final = (1 << _LOW_SHIFT - _GFN_SHIFT) - 1
 
@@ -57,6 +59,11 @@ def get_mmio_spte_gfn(spte: int) -> int:
     return spte >> _GFN_SHIFT & _GFN_MASK
 
 
+def is_renewed_mmio_spte(spte: int) -> bool:
+    """Return whether the SPTE has its generation from a sync, which has looked for no memslot."""
+    return bool(spte & _RENEWED)
+
+
 def check_mmio_spte(cpu: Cpu, vcpu: Vcpu, spte: int) -> bool:
     """check_mmio_spte(): return whether the memslots are those for which the SPTE was made.
 
@@ -71,20 +78,25 @@ def check_mmio_spte(cpu: Cpu, vcpu: Vcpu, spte: int) -> bool:
 
 def mark_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn) -> None:
     """mark_mmio_spte()"""
-    spte = make_mmio_spte(cpu, kvm, sptep.sp.role.smm, gfn)
-    mmu_spte_set(cpu, kvm, sptep, gfn, spte)
-    cpu.stat(kvm.id, lib.STAT_PF_MMIO_SPTE_CREATED)
+    mmu_spte_set(cpu, kvm, sptep, gfn, make_mmio_spte(cpu, kvm, sptep.sp.role.smm, gfn))
 
 
 def sync_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn) -> bool:
-    """sync_mmio_spte(): make an MMIO SPTE agree with the guest's entry; return whether it is one."""
+    """sync_mmio_spte(): make an MMIO SPTE agree with the guest's entry; return whether it is one.
+
+    As in Linux 7.3, an SPTE of an old generation counts again afterwards, although a memslot may have come to
+    its gfn since.  Such an SPTE is marked.
+    """
     spte = spte_of(cpu, sptep)
     if not is_mmio_spte(spte):
         return False
-    if gfn == get_mmio_spte_gfn(spte):
-        mark_mmio_spte(cpu, kvm, sptep, gfn)
-    else:
+    if gfn != get_mmio_spte_gfn(spte):
         mmu_spte_clear_no_track(cpu, kvm, sptep)
+        return True
+    new_spte = make_mmio_spte(cpu, kvm, sptep.sp.role.smm, gfn)
+    if is_renewed_mmio_spte(spte) or get_mmio_spte_generation(spte) != get_mmio_spte_generation(new_spte):
+        new_spte |= _RENEWED
+    mmu_spte_set(cpu, kvm, sptep, gfn, new_spte)
     return True
 
 

@@ -138,6 +138,7 @@ def mmu_set_spte(
         else:
             was_rmapped = True
     if slot is None:
+        cpu.stat(kvm.id, lib.STAT_PF_MMIO_SPTE_CREATED)
         mark_mmio_spte(cpu, kvm, sptep, gfn)
         if replaced and not elides_spte_replace(cpu, kvm, gfn):
             kvm_flush_remote_tlbs_range(
@@ -208,6 +209,7 @@ def kvm_prefetch_pages(
 def kvm_mmu_prefetch_sptes(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, sptep: Sptep, nr_pages: int, access: int) -> bool:
     """kvm_mmu_prefetch_sptes(): map pages that the guest has not asked for; return False if none could be."""
     kvm, as_id = vcpu.kvm, int(vcpu.arch.smm)
+    cpu.point("memslots", kvm.id, "read")
     slot = gfn_to_memslot_dirty_bitmap(kvm, gfn, as_id, no_dirty_log=bool(access & ACC_WRITE_MASK))
     if slot is None:
         return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from emulator.audit import audited
-from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES
+from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 from emulator.kvm.mmu.mmio import make_mmio_spte
 from emulator.kvm.mmu.shadow_spte import mmu_spte_set
 from emulator.kvm.mmu.shadow_structs import ShadowPage, Sptep
@@ -129,6 +129,18 @@ def test_the_audit_of_the_shadow_mmu_reports(name: str, shadowed: ShadowedGuest)
     damage, text = SHADOW[name]
     damage(shadowed)
     assert text in found(shadowed)
+
+
+def test_an_mmio_spte_in_a_memslot_is_reported_of_a_stopped_run_too(shadowed: ShadowedGuest) -> None:
+    _mmio(shadowed)
+    text = audited(shadowed.rig.machine, shadowed.rig.vms, live=True)
+    assert "is MMIO for gfn 0x8, which is in memslot 0" in text
+
+
+def test_an_mmio_spte_counts_for_nothing_while_the_memslots_are_replaced(shadowed: ShadowedGuest) -> None:
+    _mmio(shadowed)
+    shadowed.kvm.memslots[0].generation |= KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
+    assert not found(shadowed)
 
 
 def test_a_page_that_moved_is_reported(shadowed: ShadowedGuest) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from emulator.audit import audited
 from emulator.kvm.kvm_host import KVM_REQ_MMU_FREE_OBSOLETE_ROOTS
 from emulator.kvm.mmu.fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
 from emulator.kvm.mmu.mmio import (
@@ -13,6 +14,7 @@ from emulator.kvm.mmu.mmio import (
     get_mmio_spte_generation,
     get_mmio_spte_gfn,
     handle_mmio_page_fault,
+    is_renewed_mmio_spte,
     make_mmio_spte,
 )
 from emulator.kvm.mmu.page_fault import kvm_mmu_page_fault
@@ -71,6 +73,36 @@ def test_an_update_of_the_memslots_makes_it_void(guest: ShadowedGuest) -> None:
     assert is_mmio_spte(guest.spte(LINEAR))
     assert reserved(guest, LINEAR) == RET_PF_FIXED
     assert is_shadow_present_pte(guest.spte(LINEAR))
+
+
+@pytest.fixture
+def unsync(guest: ShadowedGuest) -> ShadowedGuest:
+    """Return a guest with an MMIO SPTE in a page that is unsync."""
+    guest.map(OTHER, guest.map(LINEAR, MMIO))
+    assert guest.fault(LINEAR) == RET_PF_EMULATE
+    guest.fault(OTHER, write=True)
+    assert guest.leaf(LINEAR).sp.unsync
+    return guest
+
+
+def test_a_sync_renews_it_although_a_memslot_has_come(unsync: ShadowedGuest) -> None:
+    """As in Linux 7.3, sync_mmio_spte() gives it the present generation without a look at the memslots."""
+    kvm_set_memory_region(unsync.rig.host, unsync.kvm, SLOT + 1, Gfn(MMIO), 8, Hva(MMIO))
+    with unsync.rig.counting(unsync.kvm) as changed:
+        kvm_mmu_invlpg(unsync.cpu, unsync.vcpu, LINEAR)
+        assert reserved(unsync, LINEAR) == RET_PF_EMULATE
+    assert is_renewed_mmio_spte(unsync.spte(LINEAR))
+    assert "pf_mmio_spte_created" not in changed
+    kvm_mmu_invlpg(unsync.cpu, unsync.vcpu, LINEAR)
+    assert is_renewed_mmio_spte(unsync.spte(LINEAR))
+    assert audited(unsync.rig.machine, unsync.rig.vms).endswith("in memslot 1, since a sync renewed it")
+    assert not audited(unsync.rig.machine, unsync.rig.vms, live=True)
+
+
+def test_a_sync_of_the_present_generation_renews_nothing(unsync: ShadowedGuest) -> None:
+    kvm_mmu_invlpg(unsync.cpu, unsync.vcpu, LINEAR)
+    assert is_mmio_spte(unsync.spte(LINEAR))
+    assert not is_renewed_mmio_spte(unsync.spte(LINEAR))
 
 
 def test_generations_are_unique_among_address_spaces(guest: ShadowedGuest) -> None:
