@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MOST_MICROSECONDS = 1_000_000
 # Points with a name of one word.
 _NAMED_POINTS: Final = {str(kind): modes for kind, modes in POINTS.items() if " " not in kind}
+_DEVICE_OPS: Final = ("device-unplug", "device-plug")
 _NEEDS_LOG: Final = ("log-get", "log-clear")
 _NEEDS_TABLES: Final = ("map", "unmap", "protect", "mov-cr3", "join")
 _SLOT_OPS: Final = frozenset({"slot-delete", "slot-create", "log-arm", "log-disarm", *_NEEDS_LOG})
@@ -47,6 +48,7 @@ def check_test(test: LitmusTest) -> None:
             _check_guest(test, name, placed)
     for vm in range(len(test.vm)):
         _check_slot(test, vm)
+        _check_device(test, vm)
     _check_progress(test)
 
 
@@ -157,6 +159,23 @@ def _follow_slot(placed: list[Placed]) -> None:
             raise SchemaError(key, shown(op.text), "memslot 0 there: slot-create before it")
         if op.verb in ("slot-delete", "slot-create", "log-arm", "log-disarm"):
             there, armed = op.verb != "slot-delete", op.verb == "log-arm"
+
+
+def _check_device(test: LitmusTest, vm: int) -> None:
+    """Refuse an ioctl that fails or changes nothing: one thread deletes and creates memslot 2 in turn."""
+    of_whom = ""
+    there = True
+    for name, thread in test.threads.items():
+        for key, op in sequence(test, name) if thread.vm == vm else ():
+            if op.verb not in _DEVICE_OPS:
+                continue
+            if of_whom not in ("", name):
+                expected = f"all operations on the device in thread {of_whom!r}"
+                raise SchemaError(key, shown(op.text), expected)
+            of_whom = name
+            if there == (op.verb == "device-plug"):
+                raise SchemaError(key, shown(op.text), f"the device {'away' if there else 'there'}")
+            there = not there
 
 
 # --- waits --------------------------------------------------------------------------------------------------

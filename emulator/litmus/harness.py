@@ -29,7 +29,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_enable_manual_dirty_log,
 )
 from emulator.litmus.guest_ops import PowerOn
-from emulator.litmus.kvm_ops import LogArm, read_dirty_logs
+from emulator.litmus.kvm_ops import DEVICE_SLOT, LogArm, read_dirty_logs
 from emulator.litmus.migration import Migration, RamSlot
 from emulator.litmus.model import LitmusTest, VmSection
 from emulator.litmus.ops import GuestOp, Op
@@ -213,6 +213,9 @@ class Harness:
             kvm_vm_ioctl_enable_manual_dirty_log(cpu, kvm, _dirty_log_manual(section.dirty_log))
         for slot in slots:
             kvm_set_memory_region(cpu, kvm, slot.id, Gfn(0), slot.npages, Hva(0), as_id=slot.as_id)
+        if section.device:
+            base = section.device_gfn
+            kvm_set_memory_region(cpu, kvm, DEVICE_SLOT, Gfn(base), section.device, Hva(base))
         for number in range(section.vcpus):
             vcpu = kvm_vm_ioctl_create_vcpu(cpu, kvm)
             if section.tdp_levels:

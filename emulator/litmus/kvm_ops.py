@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SLOT = 0
 SMM_SLOT = 1
+DEVICE_SLOT = 2
 _LINGER_MICROSECONDS = 150
 # Far below the time after which a thread counts as stuck.
 _MOST_LINGERS = 10_000
@@ -252,6 +253,36 @@ class SendInit(_Send):
         apic_send_init(context.cpu, context.kvm.vcpus[self.number("vcpu")])
 
 
+class _Device(KvmOp):
+    """An ioctl for memslot 2."""
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        number = test.threads[thread].vm
+        if not test.vm[number].device:
+            raise OpError(shown(self.text), f"device = 1 or more pages in VM {number}")
+
+    def set_pages(self, context: Context, npages: int) -> None:
+        base = context.vm.device_gfn
+        kvm_set_memory_region(context.cpu, context.kvm, DEVICE_SLOT, Gfn(base), npages, Hva(base))
+
+
+class DeviceUnplug(_Device):
+    verb = "device-unplug"
+    doc = "KVM_SET_USER_MEMORY_REGION deletes memslot 2, the memory of a device, which is there at first."
+
+    def run(self, context: Context) -> None:
+        self.set_pages(context, 0)
+
+
+class DevicePlug(_Device):
+    verb = "device-plug"
+    doc = "KVM_SET_USER_MEMORY_REGION creates memslot 2 again."
+
+    def run(self, context: Context) -> None:
+        self.set_pages(context, context.vm.device)
+
+
 class SlotDelete(KvmOp):
     verb = "slot-delete"
     doc = "KVM_SET_USER_MEMORY_REGION deletes memslot 0. If it was logged, user space gives its migration up."
@@ -374,6 +405,8 @@ KVM_OPS: tuple[type[Op], ...] = (
     SendInit,
     SlotDelete,
     SlotCreate,
+    DeviceUnplug,
+    DevicePlug,
     LogArm,
     LogDisarm,
     LogGet,

@@ -16,6 +16,7 @@
     pages = 2048                  # guest-physical memory; memslot 0 covers it
     smm_slots = false             # true: the address space of SMM has this memory, too
     smram = 0x600                 # pages from here on belong to SMM alone
+    device = 0                    # pages of memslot 2, a device's memory behind memslot 0
     ept_ad = true                 # kvm_intel.eptad; without A/D bits aging takes permissions from SPTEs
     tdp_levels = [4, 5]           # levels of each vCPU's EPT (all 4 if not given)
     paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
@@ -191,6 +192,7 @@ class VmSection(Section):
     pages: Annotated[int, Unit("pages of 4 KiB")] = Field(default=2048, ge=512, le=1 << 19, strict=True)
     smm_slots: bool = False
     smram: Annotated[int | None, Unit("pages of 4 KiB")] = Field(default=None, ge=1, strict=True)
+    device: Annotated[int, Unit("pages of 4 KiB")] = Field(default=0, ge=0, le=512, strict=True)
     ept_ad: bool = True
     tdp_levels: tuple[Literal[4, 5], ...] = ()
     paging: bool = False
@@ -207,7 +209,12 @@ class VmSection(Section):
 
     @property
     def gfns(self) -> int:
-        """Return the pages of guest-physical address space, that of the APIC included."""
+        """Return the pages of guest-physical address space, those of the APIC and the device included."""
+        return self.device_gfn + self.device
+
+    @property
+    def device_gfn(self) -> int:
+        """Return the first page of the device."""
         return self.pages + self.apic
 
     @property
