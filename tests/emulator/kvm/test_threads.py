@@ -257,10 +257,7 @@ def caught(policy: Policy, smm: bool = False) -> None:
 
 @pytest.mark.stress
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "policy",
-    ["mutant:migration-current-only", "mutant:remote-flush-current-only", "mutant:generation-after-kick"],
-)
+@pytest.mark.parametrize("policy", ["mutant:migration-current-only", "mutant:remote-flush-current-only"])
 def test_the_oracle_fires_with_several_roots(policy: str) -> None:
     caught(preset(policy), smm=True)
 
