@@ -87,8 +87,8 @@ def compare(
 ) -> None:
     """Run the same seeded workload under each policy; show each policy's flushes and their costs.
 
-    With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, shown as medians with
-    intervals, which with --store goes on where it stopped. Its seed is 0 unless --seed gives another.
+    With --vary, --store, --shard, --table or --cluster it is a sweep: a grid of runs, shown as medians
+    with intervals, which with --store goes on where it stopped. Its seed is 0 unless --seed gives another.
 
     With a file that ends in .workload it is `flushlab replay`: the recording's events under each policy.
     """
