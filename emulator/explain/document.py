@@ -18,7 +18,7 @@ from emulator.errors import BadInput
 from emulator.explain.analysis import RaceAnalysis
 from emulator.explain.course import Course, course_of
 from emulator.explain.events import Event
-from emulator.explain.facts import Facts
+from emulator.explain.facts import INCONSISTENT, Facts
 from emulator.explain.meanings import REVOKE
 from emulator.explain.moments import Moment
 from emulator.explain.schema import CounterexampleSchema, ReportSchema, TraceSchema
@@ -28,6 +28,7 @@ from native import VIOLATION_KINDS
 # A litmus test's machine gives user space this name, before and after the threads.
 VMM = "vmm"
 _EXPECTED = "JSON of flushlab run, litmus or explore, with a violation"
+_DRAWN = "a violation with events, or a litmus test that ends so, from flushlab explore --output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +96,26 @@ def load_cases(path: Path) -> list[Case]:
     document = read_json(path, _EXPECTED)
     try:
         cases = list(_cases(document, {}))
+        audited = not cases and INCONSISTENT in _kinds(document)
     except _Damaged as error:
         raise BadInput(str(path), f"a damaged report: {error.found}", error.expected) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(str(path), f"a damaged report: {type(error).__name__}: {error}", _EXPECTED) from error
     except RecursionError as error:
         raise BadInput(str(path), "nested too deeply", _EXPECTED) from error
-    if not cases:
-        raise BadInput(str(path), "no violation with events in it", _EXPECTED)
-    return cases
+    if cases:
+        return cases
+    if audited:
+        raise BadInput(str(path), "inconsistent, which an audit found after the run: no event tells", _DRAWN)
+    raise BadInput(str(path), "no violation with events in it", _EXPECTED)
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    """Yield the kinds of all reports in a document."""
+    if isinstance(value, dict) and isinstance(value.get("kind"), str):
+        yield value["kind"]
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _kinds(item)
 
 
 class _Damaged(Exception):

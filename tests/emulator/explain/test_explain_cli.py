@@ -146,6 +146,7 @@ def damaged_entry(**entry: Any) -> dict[str, Any]:
 
 
 CLEAN = {"flushlab": 1, "verdict": "clean", "reports": []}
+AUDITED = {"flushlab": 1, "reports": [{"kind": "inconsistent", "kinds": ["inconsistent"], "text": "x"}]}
 DAMAGED = {"kind": "use-after-free", "events": [{"kind": "zap", "cpu": "x", "time_ns": 1}]}
 
 
@@ -157,6 +158,7 @@ DAMAGED = {"kind": "use-after-free", "events": [{"kind": "zap", "cpu": "x", "tim
         ("[" * 100_000, ["not JSON"]),
         ("3", ["no violation with events"]),
         (json.dumps(CLEAN), ["no violation with events"]),
+        (json.dumps(AUDITED), ["inconsistent, which an audit found", "a litmus test that ends so"]),
         (json.dumps(DAMAGED), ["a damaged report", "events[0].cpu: found 'x'; expected a whole number"]),
         (json.dumps({"kind": "x", "events": [3]}), ["a damaged report"]),
         (json.dumps({"kind": "x", "events": [{"kind": "zap"}]}), ["a damaged report", "time_ns"]),
