@@ -137,9 +137,8 @@ def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
     """kvm_flush_remote_tlbs(): make every vCPU flush before it runs guest code again.
 
     On return every vCPU is outside guest mode with the request pending, or has entered again after flushing.
-    Stale entries may still exist, but no vCPU will use them.  On Hyper-V hypercalls have flushed all pCPUs,
-    and no vCPU has a request.  `reason` (enum flush_reason) is for the
-    accounts.
+    Stale entries may still exist, but no vCPU will use them.  On Hyper-V, hypercalls have flushed all pCPUs
+    instead, and no vCPU has a request.  `reason` (enum flush_reason) is for the accounts.
     """
     with timed(cpu, lib.HISTOGRAM_REMOTE_FLUSH):
         cpu.stat(kvm.id, lib.STAT_REMOTE_TLB_FLUSH_REQUESTS)
