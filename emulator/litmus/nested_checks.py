@@ -78,8 +78,6 @@ def _check_ept12(test: LitmusTest, vm: int, uses: list[tuple[str, Op]]) -> None:
         raise SchemaError(key, shown(op.text), "machine.ept = true: without, L1 is offered no EPT")
     if not test.vm[vm].paging:
         raise SchemaError(key, shown(op.text), "paging = true in its VM: without, an EPT is not modelled")
-    if test.vm[vm].apic:
-        raise SchemaError(key, shown(op.text), "apic = false in its VM: both together are not modelled")
 
 
 @dataclass(slots=True)

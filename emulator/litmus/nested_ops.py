@@ -212,10 +212,12 @@ class _Ept12Op(GuestOp):
 
     def check(self, test: LitmusTest, thread: str) -> None:
         super().check(test, thread)
-        pages = test.vm[test.threads[thread].vm].pages
-        for name in ("page", "gfn"):
-            if name in self.values and self.number(name) >= pages:
-                raise OpError(shown(self.text), f"pages of its VM, which has {pages:#x}")
+        vm = test.vm[test.threads[thread].vm]
+        # The page of L1's APIC comes behind its memory.
+        ends = {"page": vm.pages, "gfn": vm.pages + vm.apic}
+        for name, end in ends.items():
+            if name in self.values and self.number(name) >= end:
+                raise OpError(shown(self.text), f"pages of its VM, which has {vm.pages:#x}")
 
 
 class Ept12Map(_Ept12Op):

@@ -21,7 +21,7 @@ from emulator.kvm.mmu.shadow_spte import (
     spte_of,
 )
 from emulator.kvm.mmu.shadow_structs import Sptep
-from emulator.kvm.structs import Kvm, Vcpu
+from emulator.kvm.structs import Kvm, Vcpu, tdp_enabled
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import Gfn
@@ -77,8 +77,9 @@ def check_mmio_spte(cpu: Cpu, vcpu: Vcpu, spte: int) -> bool:
 
 
 def mark_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn) -> None:
-    """mark_mmio_spte()"""
-    mmu_spte_set(cpu, kvm, sptep, gfn, make_mmio_spte(cpu, kvm, sptep.sp.role.smm, gfn))
+    """mark_mmio_spte(): make an MMIO SPTE, but none with EPT, where each access is looked up anew."""
+    if not tdp_enabled(kvm):
+        mmu_spte_set(cpu, kvm, sptep, gfn, make_mmio_spte(cpu, kvm, sptep.sp.role.smm, gfn))
 
 
 def sync_mmio_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep, gfn: Gfn) -> bool:

@@ -266,6 +266,7 @@ def kvm_handle_noslot_fault(fault: KvmPageFault) -> int:
     """kvm_handle_noslot_fault(): let user space emulate the access; a shadow MMU first makes an MMIO SPTE."""
     if fault.is_tdp:
         return RET_PF_EMULATE
+    fault.slot = None
     fault.pfn = PfnAndRights(KVM_PFN_NOSLOT, Custody(0), host_writable=HostWritable(False))
     return RET_PF_CONTINUE
 

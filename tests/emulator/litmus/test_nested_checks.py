@@ -122,7 +122,6 @@ def test_an_ept_of_l1s() -> None:
     ("ops", "vm", "problem"),
     [
         (EPT, "", "found 'ept12-map 1 0x20 0x30'; expected paging = true in its VM"),
-        (EPT, "paging = true\napic = true", "apic = false in its VM: both together are not modelled"),
         ('"ept12-map 5 0x20 0x30"', "paging = true", "at most 4, for EPT12"),
         ('"ept12-map 1 0x20 0x1000"', "paging = true", "expected pages of its VM, which has 0x800"),
         ('"ept12-unmap 1 0x1000"', "paging = true", "expected pages of its VM, which has 0x800"),
