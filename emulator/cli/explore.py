@@ -251,7 +251,7 @@ def explore(
         given = executions if source is not None and source.name != "DEFAULT" else None
         raise typer.Exit(_audit(tests, names, given, seed, options, as_json, on_tree))
     plan = Plan(strategy, executions, bound, seed=seed, depth=depth, options=options, stateful=stateful)
-    work = [Work(test, name, plan, seconds, state) for test, name in pairs]
+    work = [Work(test, name, plan, seconds, state, explains=True) for test, name in pairs]
     if trace:
         from emulator.cli.explore_trace import trace as draw
 

@@ -136,15 +136,16 @@ class Lines:
     def print(self, verdict: Verdict) -> None:
         test, policy = self.widths
         names = f"{verdict.test:<{test}}  {verdict.policy:<{policy}}  "
+        large = "" if verdict.size is None else f"\n{verdict.size.text()}"
         if not self.console.is_terminal:
-            print(names + verdict.summary())
+            print(names + verdict.summary() + large.replace("\n", "\n    "))
         elif self.console.width - len(names) >= _READABLE:
             row = Table.grid(Column(width=len(names)), Column())
-            row.add_row(Text(names), Text(verdict.summary()))
+            row.add_row(Text(names), Text(verdict.summary() + large))
             self.console.print(row)
         else:
             self.console.print(Text(names.rstrip()))
-            self.console.print(Padding(Text(verdict.summary()), (0, 0, 0, 4)))
+            self.console.print(Padding(Text(verdict.summary() + large), (0, 0, 0, 4)))
 
 
 def _show_only(verdicts: list[Verdict]) -> None:

@@ -29,6 +29,22 @@ class Counterexample(BaseModel):
     source: str
 
 
+class RacePart(Part):
+    """Two operations of threads that race: how often, and about which objects most."""
+
+    operations: list[str]
+    races: int
+    objects: list[str]
+
+
+class SizePart(Part):
+    """The races in some random executions of a search that did not end, and the operations that race most."""
+
+    executions: int
+    races: int
+    most: list[RacePart]
+
+
 class ExploredPart(Part):
     """The verdict on one test under one policy, and the extent of the search."""
 
@@ -55,6 +71,7 @@ class ExploredPart(Part):
     states: int | None = None
     stateless: str | None = None
     failure: str | None
+    size: SizePart | None = None
     unwatched: list[str] | None = None
     unordered: list[str] | None = None
     counterexample: Counterexample | None

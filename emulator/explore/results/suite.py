@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulator.explore.results.search_file import SearchFile
+from emulator.explore.results.size import size_of
 from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Told, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
@@ -25,6 +26,7 @@ class Work:
     plan: Plan
     seconds: float  # 0: no limit
     state: Path | None = None  # the directory in which searches are kept
+    explains: bool = False  # the size of a search that does not end
 
     def file(self) -> SearchFile | None:
         """Return the file of this search, with its state.  Raises BadInput."""
@@ -44,6 +46,8 @@ def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Ve
     policy = named_policy(work.policy)
     verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), jobs, told=told, file=work.file())
     verdict.policy = work.policy
+    if work.explains and work.plan.strategy == "exhaustive" and verdict.limit:
+        verdict.size = size_of(work.test, work.policy, work.plan.options, work.plan.seed)
     return verdict
 
 

@@ -25,6 +25,7 @@ from emulator.explore.results.keeper import Keeper
 from emulator.explore.results.record import Recording, record
 from emulator.explore.results.rounds import WALKS, Rounds
 from emulator.explore.results.search_file import SearchFile
+from emulator.explore.results.size import Size
 from emulator.explore.results.workers import Team
 from emulator.explore.strategies.search import Limits
 from emulator.litmus.failure import LitmusFailure
@@ -76,6 +77,7 @@ class Verdict:
     proved.  unordered: state of patched code that several threads share without an ordering point, likewise.
     states: the number of states in a stateful search's table.  stateless: the reason why a search that was to
     be stateful could not compare states.
+    size: the reason for the size of a search that did not end, if it is to be explained.
     before: runs of this search in earlier processes, which have kept it.  unkept: the error with which its
     state could not be written.
     """
@@ -106,6 +108,7 @@ class Verdict:
     stateless: str = ""
     before: int = 0
     unkept: str = ""
+    size: Size | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the document for --json, which holds no times."""
@@ -133,6 +136,7 @@ class Verdict:
             "rounds": self.rounds,
             **({"states": self.states, "stateless": self.stateless or None} if self.plan.stateful else {}),
             "failure": self.failure or None,
+            **({"size": self.size.document()} if self.size is not None else {}),
             **({"unwatched": list(self.unwatched)} if self.unwatched else {}),
             **({"unordered": list(self.unordered)} if self.unordered else {}),
             "counterexample": found.document() if found is not None else None,
