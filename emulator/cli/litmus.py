@@ -150,6 +150,7 @@ def litmus(
 ) -> None:
     """Run litmus tests under policies and compare the verdicts with those expected."""
     # Imported late: help and bad usage need no engine.
+    from emulator.explore.results.rounds import silent
     from emulator.explore.results.suite import explore_all
     from emulator.litmus.loader import load_tests
     from emulator.litmus.policies import named_policy, policies_for
@@ -176,7 +177,7 @@ def litmus(
     planned = sum(len(policies) for _, policies in plan)
     searched = SearchProgress(planned)
     # On a terminal the progress bar shows the runs.
-    told = (lambda runs: None) if sys.stderr.isatty() else searched.told
+    told = silent if sys.stderr.isatty() else searched.told
     run = partial(explore_all, seconds=limit, told=told) if explore else _run_suite(on_tree)
     results = Results(tests, seed, (iterations, limit) if explore else None)
     results.kernel = None if on_tree is None else on_tree.document()
@@ -215,6 +216,7 @@ def _prove(
     junit: Path | None,
 ) -> int:
     """Prove what the store lacks, print all of the shard's verdicts, and return the exit status."""
+    from emulator.explore.results.rounds import silent
     from emulator.litmus.table import Results
     from emulator.sweep.grid import shard
     from emulator.sweep.proofs import Proof, proved
@@ -230,7 +232,7 @@ def _prove(
     interrupts.only_note()
     with Store(path) as store:
         there = 0
-        for outcome, stored in proved(units, store, jobs, lambda runs: None):
+        for outcome, stored in proved(units, store, jobs, silent):
             results.add(outcome)
             there += stored
             if not stored:

@@ -6,7 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from emulator.explore.strategies.forecast import Stage
 
 # Seconds between two prints: on a terminal, and elsewhere.
 MOVING: Final = 0.2
@@ -35,10 +38,15 @@ class SearchProgress:
         self._started = clock()
         self._due = self._started + self._pause
         self._shown = False
+        self._stage: Callable[[], Stage] | None = None
 
-    def told(self, runs: int) -> None:
-        """Count so many further runs, and print a line if it is due."""
+    def told(self, runs: int, stage: Callable[[], Stage] | None = None) -> None:
+        """Count so many further runs, and print a line if it is due.
+
+        stage: returns the present stage of the search, which it takes a while to compute.
+        """
         self.runs += runs
+        self._stage = stage or self._stage
         now = self._clock()
         if now >= self._due:
             self._due = now + self._pause
@@ -47,6 +55,7 @@ class SearchProgress:
     def reached(self) -> None:
         """Count a verdict, and erase the progress line, because the verdict is printed in its place."""
         self.verdicts += 1
+        self._stage = None
         self.erase()
 
     def erase(self) -> None:
@@ -58,7 +67,8 @@ class SearchProgress:
         n = f"{self.verdicts} of {self.planned} verdicts, " if self.planned > 1 else ""
         # The runs of another process become known with its verdict.
         runs = f"{self.runs:,} executions, " if self.runs else ""
-        return f"explore: {n}{runs}{seconds:.0f} s"[:_COLUMNS]
+        stage = "" if self._stage is None else f"; {self._stage().text()}"
+        return f"explore: {n}{runs}{seconds:.0f} s{stage}"[:_COLUMNS]
 
     def _print(self, line: str) -> None:
         self._shown = self._moving

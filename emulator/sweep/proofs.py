@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from emulator import __version__
+from emulator.explore.results.rounds import Told
 from emulator.explore.results.suite import explore_all
 from emulator.litmus.loader import load_tests
 from emulator.litmus.model import LitmusTest
@@ -89,7 +90,7 @@ def outcome_of(record: Record) -> Outcome:
 
 
 def proved(
-    units: Sequence[Proof], store: Store, jobs: int, told: Callable[[int], None]
+    units: Sequence[Proof], store: Store, jobs: int, told: Told
 ) -> Iterator[tuple[Outcome, bool]]:
     """Yield the outcome of each unit that the store has, then those of the others as they are reached, which
     are put there; and whether it had it.  A search that a signal cut short is not kept."""

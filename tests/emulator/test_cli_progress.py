@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from emulator.cli import progress as progress_module
 from emulator.cli.main import main
 from emulator.cli.progress import MOVING, STILL, SearchProgress
+from emulator.explore.strategies.forecast import Stage
 
 
 class Terminal(io.StringIO):
@@ -42,6 +45,34 @@ def test_a_line_every_ten_seconds_without_a_terminal() -> None:
     ]
 
 
+def test_a_line_tells_the_stage_and_what_is_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = SearchProgress(3, stream, clock)
+    stages = [Stage(2, 900, 0.25), Stage(None, 1000, 1e-9, 1843), Stage(None, 10**9, 0.004)]
+    for stage in stages:
+        clock.now += STILL
+        progress.told(500, partial(replace, stage))
+    clock.now += STILL
+    progress.told(500)
+    progress.reached()
+    clock.now += STILL
+    progress.told(500)
+    assert stream.getvalue().splitlines() == [
+        "explore: 0 of 3 verdicts, 500 executions, 10 s; bound 2: 25 %, ~2.7k left",
+        "explore: 0 of 3 verdicts, 1,000 executions, 20 s; all: below 1 %, 1,843 states",
+        "explore: 0 of 3 verdicts, 1,500 executions, 30 s; all: below 1 %, ~249G left",
+        "explore: 0 of 3 verdicts, 2,000 executions, 40 s; all: below 1 %, ~249G left",
+        "explore: 1 of 3 verdicts, 2,500 executions, 50 s",
+    ]
+
+
+def test_a_stage_is_computed_for_a_line_only() -> None:
+    def expensive() -> Stage:
+        raise AssertionError
+
+    SearchProgress(1, io.StringIO(), Clock()).told(1, expensive)
+
+
 def test_a_line_that_moves_on_a_terminal_and_makes_way_for_a_verdict() -> None:
     stream, clock = Terminal(), Clock()
     progress = SearchProgress(1, stream, clock)
@@ -71,7 +102,7 @@ def test_a_line_fits_the_terminal(planned: int) -> None:
     progress = SearchProgress(planned, stream, clock)
     progress.verdicts = planned
     clock.now = 10.0**9
-    progress.told(10**18)
+    progress.told(10**18, lambda: Stage(100, 10**18, 0.5, 10**9))
     assert len(stream.getvalue()) <= 80
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from emulator.explore.engine.scheduler import Divergence
 from emulator.explore.machine.program import LitmusProgram
@@ -14,11 +14,12 @@ from emulator.explore.results.minimize import minimized
 from emulator.explore.results.record import record
 from emulator.explore.results.workers import Team
 from emulator.explore.strategies.dpor import Exhaustive
+from emulator.explore.strategies.forecast import Stage, stage_of
 from emulator.explore.strategies.sampling import Pct, Pos, RandomWalk, Sampler, Surw
 from emulator.explore.strategies.search import Found, Limits, search
 from emulator.explore.strategies.stateful import Stateful
 from emulator.explore.strategies.subtree import RUNS
-from emulator.explore.strategies.tree import wide_search
+from emulator.explore.strategies.tree import Tree, wide_search
 from emulator.litmus.model import SAFE
 from emulator.litmus.verdict import BOUNDED, VIOLATIONS
 
@@ -34,16 +35,44 @@ PROBES: Final = 200
 SMALL: Final = 60
 
 
+class Told(Protocol):
+    """Receives the number of runs since the call before, and a function that returns the present stage."""
+
+    def __call__(self, runs: int, stage: Callable[[], Stage] | None = None) -> None: ...
+
+
+def silent(runs: int, stage: Callable[[], Stage] | None = None) -> None:
+    """Receive runs, and do nothing."""
+
+
+class Runs:
+    """The runs of a search, each told before it begins.  stop: whether the search is to end."""
+
+    def __init__(self, stop: Stop, told: Told) -> None:
+        self._stop = stop
+        self._told = told
+        self._stage: Callable[[], Stage] | None = None
+
+    def stop(self) -> bool:
+        self._told(1, self._stage)
+        return self._stop()
+
+    def watch(self, bound: int | None, search: Exhaustive | Tree, found: Found) -> None:
+        """Take the search of a round for the present stage."""
+        self._stage = partial(stage_of, bound, search, found)
+
+
 class Rounds:
     """The rounds of one search.  keeper: keeps its state between them, and in them."""
 
     def __init__(
-        self, program: LitmusProgram, verdict: Verdict, team: Team, stop: Stop, keeper: Keeper
+        self, program: LitmusProgram, verdict: Verdict, team: Team, runs: Runs, keeper: Keeper
     ) -> None:
         self.program = program
         self.verdict = verdict
         self.team = team
-        self.stop = stop
+        self.runs = runs
+        self.stop = runs.stop
         self.keeper = keeper
         keeper.begin(program, verdict)
 
@@ -93,8 +122,18 @@ class Rounds:
     def _widely(self, number: int, bound: int | None, limits: Limits) -> Found:
         program, keeper = self.program, self.keeper
         left, keep = keeper.left(number), partial(keeper.keep_left, number)
-        objects = program.objects
-        return wide_search(program, objects, bound, limits, bool, self.team, self.stop, left=left, keep=keep)
+        return wide_search(
+            program,
+            program.objects,
+            bound,
+            limits,
+            bool,
+            self.team,
+            self.stop,
+            left=left,
+            keep=keep,
+            watch=partial(self.runs.watch, bound),
+        )
 
     def _statefully(self) -> None:
         """Search all interleavings, but the continuations of each state only once."""
@@ -103,8 +142,9 @@ class Rounds:
         if budget <= 0:
             return
         strategy = Stateful(program.objects, MachineStates(program), has_met=verdict.met > 0)
-        limits = Limits(executions=budget, runs=RUNS * budget)
-        found = search(program, program.objects, strategy, limits, bool, self.stop)
+        limits, found = Limits(executions=budget, runs=RUNS * budget), Found()
+        self.runs.watch(None, strategy, found)
+        search(program, program.objects, strategy, limits, bool, self.stop, found=found)
         _add(verdict, found, None, "stateful")
         verdict.states = strategy.size
         if found.schedule is not None:

@@ -9,9 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from emulator.explore.results.rounds import Told, silent
 from emulator.explore.results.search_file import SearchFile
 from emulator.explore.results.size import size_of
-from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Told, Verdict, explore_verdict
+from emulator.explore.results.verdict import INTERRUPTED, Plan, Stop, Verdict, explore_verdict
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import SEARCHED, Outcome
@@ -41,7 +42,7 @@ def stop_of(work: Work) -> Stop:
     return lambda: (bool(work.seconds) and time.monotonic() - started > work.seconds) or ending()
 
 
-def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Verdict:
+def explore_one(work: Work, jobs: int = 1, told: Told = silent) -> Verdict:
     """Explore one test under one policy.  told: called with the number of runs since the call before."""
     policy = named_policy(work.policy)
     verdict = explore_verdict(work.test, policy, work.plan, stop_of(work), jobs, told=told, file=work.file())
@@ -54,7 +55,7 @@ def explore_one(work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Ve
 def explore_suite(
     work: Sequence[Work],
     jobs: int,
-    told: Told = lambda runs: None,
+    told: Told = silent,
     one: Callable[..., Verdict] = explore_one,
 ) -> Iterator[Verdict]:
     """Yield verdicts in the order of the work; after a signal, those that were reached.
@@ -105,7 +106,7 @@ def explore_all(
     jobs: int,
     progress: Callable[[int], None],
     seconds: float,
-    told: Told = lambda runs: None,
+    told: Told = silent,
 ) -> Iterator[Outcome]:
     """Explore every interleaving of each pair, up to `executions` and `seconds` (0: no limit), and yield the
     outcomes.  told: as for explore_suite()."""

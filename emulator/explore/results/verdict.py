@@ -23,7 +23,7 @@ from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.machine.states import hear, stateless
 from emulator.explore.results.keeper import Keeper
 from emulator.explore.results.record import Recording, record
-from emulator.explore.results.rounds import WALKS, Rounds
+from emulator.explore.results.rounds import WALKS, Rounds, Runs, Told, silent
 from emulator.explore.results.search_file import SearchFile
 from emulator.explore.results.size import Size
 from emulator.explore.results.workers import Team
@@ -206,7 +206,6 @@ class Verdict:
 
 
 Stop = Callable[[], bool]
-Told = Callable[[int], None]
 
 
 def explore_verdict(
@@ -217,7 +216,7 @@ def explore_verdict(
     jobs: int = 1,
     *,
     build: Callable[..., LitmusProgram] = LitmusProgram,
-    told: Told = lambda runs: None,
+    told: Told = silent,
     file: SearchFile | None = None,
 ) -> Verdict:
     """Explore one test under one policy.
@@ -237,7 +236,7 @@ def explore_verdict(
             verdict = Verdict(test.name, policy.name, plan, test.expect.needs)
             verdict.unwatched = unwatched_state(policy)
             program = build(test, policy, plan.options, known=known)
-            known = _explored(program, verdict, _telling(stop, told), jobs, told, keeper)
+            known = _explored(program, verdict, Runs(stop, told), jobs, told, keeper)
             if known is not None:
                 keeper.forget()
     if verdict.unwatched or verdict.unordered:
@@ -251,18 +250,8 @@ def explore_verdict(
     return verdict
 
 
-def _telling(stop: Stop, told: Told) -> Stop:
-    """Return a `stop` that also reports the run that follows it to `told`."""
-
-    def stops() -> bool:
-        told(1)
-        return stop()
-
-    return stops
-
-
 def _explored(
-    program: LitmusProgram, verdict: Verdict, stop: Stop, jobs: int, told: Told, keeper: Keeper
+    program: LitmusProgram, verdict: Verdict, runs: Runs, jobs: int, told: Told, keeper: Keeper
 ) -> Known | None:
     """Explore the program.  Return the accesses that a new search must know, or None if none is needed."""
     reads = program.reads
@@ -271,8 +260,8 @@ def _explored(
         if not verdict.stateless:
             hear(program)
     try:
-        with instrument(program.control), Team(program, jobs, stop, told) as team:
-            Rounds(program, verdict, team, stop, keeper).run()
+        with instrument(program.control), Team(program, jobs, runs.stop, told) as team:
+            Rounds(program, verdict, team, runs, keeper).run()
         if reads is not None:
             reads.check()
         keeper.end()

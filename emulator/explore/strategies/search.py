@@ -105,7 +105,7 @@ def search(
 
     found: the results of the strategy's earlier executions.  keep: called between executions.
     """
-    found = found or Found()
+    found = Found() if found is None else found
     while found.more:
         keep(found)
         if stop() or limits.reached(found):

@@ -198,21 +198,26 @@ def wide_search(
     part: int = PART,
     left: Left | None = None,
     keep: Callable[[Left], None] = lambda left: None,
+    watch: Callable[[Exhaustive | Tree, Found], None] = lambda search, found: None,
 ) -> Found:
     """Search exhaustively up to the first bad outcome: first plainly in this process, and then, if the search
     is large, in parts by the team.
 
     left: go on with this search instead.  keep: called after each part; `left` may be a copy of its argument.
+    watch: called with the plain search, and with the tree, before the search of each.
     """
     most = limits.executions or 1 << 62
     if left is None:
-        strategy = Exhaustive(objects, bound=bound)
-        found = search(program, objects, strategy, replace(limits, executions=min(most, plain)), bad, stop)
+        strategy, found = Exhaustive(objects, bound=bound), Found()
+        watch(strategy, found)
+        limited = replace(limits, executions=min(most, plain))
+        search(program, objects, strategy, limited, bad, stop, found=found)
         if not found.more or found.schedule is not None or not found.executions:
             return found
         left = Left(Tree(bound), found)
         left.tree.grow(None, -1, rest_of(strategy))
     tree, found = left.tree, left.found
+    watch(tree, found)
     while tree.root is not None and found.schedule is None and not stop():
         left.parts = left.parts or _round(tree, replace(limits, executions=part), most - found.executions)
         if not left.parts:

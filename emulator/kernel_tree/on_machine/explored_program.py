@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.record import Recording
 from emulator.explore.results.replay import Code
+from emulator.explore.results.rounds import Told, silent
 from emulator.explore.results.suite import Work, stop_of
 from emulator.explore.results.trace import Goal, Trace, traced
-from emulator.explore.results.verdict import Told, Verdict, explore_verdict
+from emulator.explore.results.verdict import Verdict, explore_verdict
 from emulator.kernel_tree.build import Built
 from emulator.kernel_tree.on_machine.child import TreeDied, in_child
 from emulator.kernel_tree.on_machine.core import Tree
@@ -47,7 +48,7 @@ class TreeProgram(LitmusProgram):
         self._tree.put_back()
 
 
-def explore_on_tree(built: Built, work: Work, jobs: int = 1, told: Told = lambda runs: None) -> Verdict:
+def explore_on_tree(built: Built, work: Work, jobs: int = 1, told: Told = silent) -> Verdict:
     """Explore one test under one policy with the tree's TDP MMU (emulator.explore.results.suite.explore_one).
 
     A crash or another finding in the tree's code is the verdict's failure, unless there are violations.

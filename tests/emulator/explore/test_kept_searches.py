@@ -256,9 +256,10 @@ def killed(words: list[str], searches: Path, saves: int, delay: float) -> bool:
 def test_a_killed_process_is_gone_on_with(tmp_path: Path) -> None:
     """Three kills, or as many as the environment says, of one process and of two:
 
-    FLUSHLAB_KILLS=20 python -m pytest tests/emulator/explore/test_kept_searches.py -k killed_process
+    FLUSHLAB_KILLS=20 python -m pytest -s -o faulthandler_timeout=0 \\
+        tests/emulator/explore/test_kept_searches.py -k killed_process
     """
-    executions = "150" if KILLS == 3 else "1500"
+    executions = "150" if KILLS == 3 else "500"
     for jobs in ("2",) if KILLS == 3 else ("1", "2"):
         searches = tmp_path / jobs
         words = command(tmp_path, "--executions", executions, "--jobs", jobs)

@@ -16,6 +16,7 @@ from emulator.explore.machine.program import LitmusProgram
 from emulator.explore.results.verdict import Plan, Verdict, explore_verdict
 from emulator.explore.strategies.dpor import Exhaustive
 from emulator.explore.strategies.search import Found, Limits, search
+from emulator.explore.strategies.tree import wide_search
 from emulator.litmus.loader import load_test, parse_test
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import named_policy
@@ -141,15 +142,20 @@ def test_what_a_machine_did_before_counts_for_no_execution() -> None:
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_changes_no_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["remote-two-vcpus", "--executions", "1000", "--json"]
+def test_the_number_of_processes_changes_no_count(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are small, so that few executions make many."""
+    monkeypatch.setattr("emulator.explore.results.rounds.wide_search", partial(wide_search, plain=8, part=8))
+    monkeypatch.setattr("emulator.explore.results.workers.FIRST_PARTS", 0)
+    options = ["remote-two-vcpus", "--executions", "200", "--json"]
     documents = []
     for jobs in ("1", "2"):
         assert main(["explore", *options, "--jobs", jobs]) == 0
         documents.append(capsys.readouterr().out)
     assert documents[0] == documents[1]
     (found,) = json.loads(documents[0])["explored"]
-    assert found["executions"] == found["met"] == 1000
+    assert found["executions"] == found["met"] == 200
 
 
 def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
