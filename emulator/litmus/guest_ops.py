@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _PAGE = Arg("page", "page")
 # native/vm/guest_state.h: GUEST_PROCESSES
 _LAST_PROCESS = 15
+# native/memory/frame.h: FRAME_WORDS
+FRAME_WORDS = 512
 # The core records guest-physical pages in 32 bits, and the last value means none.
 _LAST_GUEST_PAGE = (1 << 32) - 2
 # native/vm/guest_state.h: GUEST_KERNEL_BASE, GUEST_KERNEL_PAGES
@@ -37,27 +39,37 @@ _END_OF_KERNEL_PAGES = 0x8_0000_0000 + 8
 
 class _Access(GuestOp):
     args = (_PAGE,)
+    words = ("fault",)
     kind = ""
 
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        if "fault" in self.flags:
+            check_shadowed(self, test, thread)
+
     def instructions(self) -> list[Instruction]:
-        return [Instruction(self.kind, self.number("page") << 12, 1)]
+        return [Instruction(self.kind, self.number("page") << 12, 1, self.flags)]
 
 
 class Read(_Access):
     verb = "read"
-    doc = "The guest reads from PAGE: linear with paging, else guest-physical."
+    doc = (
+        "The guest reads from PAGE: linear with paging, else guest-physical. fault: KVM injects a page "
+        "fault, and the guest goes on behind the access; if it injects none, the test fails. Without EPT "
+        "only."
+    )
     kind = "READ"
 
 
 class Write(_Access):
     verb = "write"
-    doc = "The guest writes to PAGE."
+    doc = "The guest writes to PAGE. fault: as for `read`."
     kind = "WRITE"
 
 
 class Exec(_Access):
     verb = "exec"
-    doc = "The guest fetches an instruction from PAGE."
+    doc = "The guest fetches an instruction from PAGE. fault: as for `read`."
     kind = "EXECUTE"
 
 
@@ -152,6 +164,39 @@ class Protect(GuestOp):
         return [Instruction("PROTECT", self.number("linear") << 12)]
 
 
+class Store(GuestOp):
+    verb = "store"
+    doc = (
+        "The guest's OS stores VALUE to the 8 bytes number INDEX of guest-physical PAGE, as to an entry of a "
+        "table that it does not record as its own; invalidating it is up to the guest. Without EPT only."
+    )
+    args = (
+        Arg("page", "page"),
+        Arg("index", "number", most=FRAME_WORDS - 1),
+        Arg("value", "number", most=(1 << 64) - 1),
+    )
+
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        check_shadowed(self, test, thread)
+
+    def _physical(self, test: LitmusTest, thread: str) -> bool:
+        return True
+
+    def instructions(self) -> list[Instruction]:
+        linear = self.number("page") << 12 | self.number("index") * 8
+        return [Instruction("STORE", linear, self.number("value"))]
+
+
+def check_shadowed(op: Op, test: LitmusTest, thread: str) -> None:
+    """Check that KVM shadows the guest's tables.  Raises OpError.
+
+    The core's walks with EPT know neither reserved bits nor NX in a guest's entry.
+    """
+    if test.machine.ept or not test.vm[test.threads[thread].vm].paging:
+        raise OpError(shown(op.text), "machine.ept = false, and paging = true in its VM")
+
+
 class PowerOn(GuestOp):
     """The boot of a guest without EPT, before `init`; no operation of the language.
 
@@ -243,6 +288,7 @@ class Init(VcpuOp):
 
 class _ControlRegister(VcpuOp):
     args = (Arg("bit", "name"), Arg("value", "number"))
+    words: ClassVar[tuple[str, ...]] = ("gp",)
     bits: ClassVar[tuple[str, ...]] = ()
 
     def check(self, test: LitmusTest, thread: str) -> None:
@@ -259,14 +305,18 @@ class _ControlRegister(VcpuOp):
         return value | mask if self.number("value") else value & ~mask
 
     def complete(self, done: bool) -> None:
-        """Fail if the guest has got a general-protection fault, which a litmus guest does not handle."""
-        if not done:
-            raise MachineError(f"{self.text!r} is a general-protection fault (kvm_complete_insn_gp)")
+        """Fail unless the guest has got a general-protection fault just if the operation says so."""
+        if done == ("gp" in self.flags):
+            found = "no" if done else "a"
+            raise MachineError(f"{self.text!r} is {found} general-protection fault (kvm_complete_insn_gp)")
 
 
 class Cr0(_ControlRegister):
     verb = "cr0"
-    doc = "The guest executes MOV to CR0, which sets or clears BIT (pg, wp) and exits to KVM."
+    doc = (
+        "The guest executes MOV to CR0, which sets or clears BIT (pg, wp) and exits to KVM. gp: it raises a "
+        "general-protection fault, and the guest goes on behind it; if it raises none, the test fails."
+    )
     bits = ("wp", "pg")
 
     def run(self, context: Context) -> None:
@@ -277,20 +327,23 @@ class Cr4(_ControlRegister):
     verb = "cr4"
     doc = (
         "The guest executes MOV to CR4, which sets or clears BIT (pse, pae, pge, pcide, smep, smap) and "
-        "exits to KVM."
+        "exits to KVM. gp: as for `cr0`."
     )
     bits = ("pse", "pae", "pge", "pcide", "smep", "smap")
 
     def run(self, context: Context) -> None:
         cpu, vcpu = context.cpu, context.vcpu
         self.complete(kvm_set_cr4(cpu, vcpu, self.changed(vcpu.arch.cr4)))
-        if self.name("bit") == "pcide":
+        if self.name("bit") == "pcide" and "gp" not in self.flags:
             lib.vcpu_set_pcide(cpu.m, vcpu.id, bool(self.number("value")))
 
 
 class Efer(_ControlRegister):
     verb = "efer"
-    doc = "The guest executes WRMSR of EFER, which sets or clears BIT (lme, nx) and exits to KVM."
+    doc = (
+        "The guest executes WRMSR of EFER, which sets or clears BIT (lme, nx) and exits to KVM. gp: as for "
+        "`cr0`."
+    )
     bits = ("lme", "nx")
 
     def run(self, context: Context) -> None:
@@ -303,6 +356,7 @@ class SetSregs(_ControlRegister):
         "User space executes KVM_SET_SREGS, which sets or clears BIT of CR0 (pg, wp) or of CR4 (pge, smep, "
         "smap), as when it restores a snapshot."
     )
+    words = ()
     bits = (*Cr0.bits, "pge", "smep", "smap")
 
     def run(self, context: Context) -> None:
@@ -330,7 +384,7 @@ class SetSregsCr3(VcpuOp):
         set_sregs(cpu, vcpu, sregs_of(vcpu)._replace(cr3=cr3))
 
 
-GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Invlpg, Invpcid, MovCr3)
+GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Store, Invlpg, Invpcid, MovCr3)
 VCPU_OPS: tuple[type[Op], ...] = (
     Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, Efer, SetSregs, SetSregsCr3
 )  # fmt: skip

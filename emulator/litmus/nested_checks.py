@@ -19,7 +19,7 @@ _NOT_MODELLED: Final = frozenset(
     {"send-smi", "init", "send-init", "cr0", "cr4", "efer", "set-sregs", "join"}
 )
 _NEEDS_CURRENT: Final = frozenset(
-    {"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter", "l2-enter-fails"}
+    {"vmwrite-vpid", "vmwrite-apic", "vmwrite-eptp", "l2-enter", "l2-enter-fails", "l2-enter-halted"}
 )
 _LEAVES_L2: Final = frozenset({"l2-exit", "l2-apic"})
 _OF_L2: Final = _LEAVES_L2 | {"l2-eptp"}

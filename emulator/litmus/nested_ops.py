@@ -122,6 +122,18 @@ class L2EnterFails(VmxOp):
         return [Instruction("VMX", 0, 0, frozenset({self.insn}) | self.flags)]
 
 
+class L2EnterHalted(VmxOp):
+    verb = "l2-enter-halted"
+    doc = (
+        "L1 executes VMLAUNCH or VMRESUME of a nested guest in the activity state HLT, and an event of L1's "
+        "wakes the vCPU: the nested guest exits before its first instruction, and L1 goes on."
+    )
+    insn = "vmlaunch"
+
+    def instructions(self) -> list[Instruction]:
+        return [Instruction("VMX", 0, 0, frozenset({self.insn, "halted"}))]
+
+
 class L2Exit(VmxOp):
     verb = "l2-exit"
     doc = "L2 executes VMCALL, which exits to L1."
@@ -264,6 +276,7 @@ NESTED_OPS: tuple[type[Op], ...] = (
     VmwriteApic,
     L2Enter,
     L2EnterFails,
+    L2EnterHalted,
     L2Exit,
     L2Apic,
     Invvpid,

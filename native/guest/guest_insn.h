@@ -52,8 +52,10 @@ enum guest_insn {
 };
 
 /* The check of the VMCS12 with which VM entry fails (SDM vol. 3C, 27.2, 27.3.1 and 27.4).  Of the controls: the
- * instruction fails, and L1 goes on.  Of the guest state or of an MSR to load: L1 goes on as after a VM exit. */
-enum vmentry_check { VMENTRY_SUCCEEDS, VMENTRY_CONTROLS, VMENTRY_GUEST_STATE, VMENTRY_MSR_LOAD };
+ * instruction fails, and L1 goes on.  Of the guest state or of an MSR to load: L1 goes on as after a VM exit.
+ * VMENTRY_HALTED: none fails, but L2 is entered in the activity state HLT (24.4.2), and an event that exits to L1 comes
+ * before L2 executes an instruction. */
+enum vmentry_check { VMENTRY_SUCCEEDS, VMENTRY_CONTROLS, VMENTRY_GUEST_STATE, VMENTRY_MSR_LOAD, VMENTRY_HALTED };
 
 /* Fields of the current VMCS12. */
 enum vmcs12_field {

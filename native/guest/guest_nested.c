@@ -95,7 +95,7 @@ static void vmlaunch(struct walk *w, uint32_t check)
 {
 	const struct guest *l2 = w->vcpu->guests[w->vcpu->guests[0]->vmx.current];
 
-	if (check == VMENTRY_SUCCEEDS)
+	if (check == VMENTRY_SUCCEEDS || check == VMENTRY_HALTED)
 		ept12_entered(w->m, w->vcpu, l2->vmx.ept12);
 	if (check != VMENTRY_CONTROLS && !l2->vmx.vpid12)
 		transition_executed(w);

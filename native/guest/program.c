@@ -19,6 +19,7 @@
 #include "guest/guest_tables.h"
 #include "guest/program_changes.h"
 #include "guest/program_insn.h"
+#include "memory/frame.h"
 #include "sync/cpu.h"
 #include "tlb/tlb_flush.h"
 #include "vm/guest_state.h"
@@ -226,6 +227,8 @@ static enum walk_result do_access(struct walk *w, struct accesses *a, const stru
 	a->checks++;
 	if (r != WALK_DONE)
 		return r;
+	if (op->flags & GUEST_OP_FAULTS)
+		return WALK_GUEST_FAULT;
 	if (op->kind == GUEST_OP_WRITE)
 		event_record_more(w->m, w->cpu->id, event_of(w->vcpu->vm, EVENT_STORE), w->vcpu->id,
 				  stored_to(w->guest, op->linear >> 12), w->guest->clock);
@@ -270,6 +273,8 @@ static enum walk_result one(struct walk *w, struct accesses *a, const struct gue
 		return take_away(w, op, UINT64_MAX);
 	case GUEST_OP_PROTECT:
 		return take_away(w, op, GPTE_WRITABLE);
+	case GUEST_OP_STORE:
+		return os_write_entry(w, op->linear >> 12, op->linear >> 3 & (FRAME_WORDS - 1), op->value);
 	case GUEST_OP_SIGNAL:
 		signal_add(w->m, (uint32_t)op->value, 1);
 		return WALK_DONE;
@@ -282,6 +287,17 @@ static enum walk_result one(struct walk *w, struct accesses *a, const struct gue
 	default:
 		return WALK_DONE;
 	}
+}
+
+bool program_takes_fault(struct guest *g)
+{
+	struct program *p = g->program;
+	bool takes = p && p->position < p->count &&
+		     p->ops[p->position].kind <= GUEST_OP_EXECUTE && p->ops[p->position].flags & GUEST_OP_FAULTS;
+
+	if (takes)
+		p->position++;
+	return takes;
 }
 
 /* Let L1 handle an exit of its nested guest, and resume it. */

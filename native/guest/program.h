@@ -11,7 +11,8 @@
 
 /* api */
 enum guest_op_kind {
-	GUEST_OP_READ,       /* linear: address (guest-physical without paging); flags, also of a WRITE: GUEST_OP_APIC */
+	GUEST_OP_READ,       /* linear: address (guest-physical without paging); flags, also of the next two: GUEST_OP_APIC,
+			      * GUEST_OP_FAULTS */
 	GUEST_OP_WRITE,
 	GUEST_OP_EXECUTE,
 	GUEST_OP_INVLPG,     /* linear */
@@ -20,6 +21,7 @@ enum guest_op_kind {
 	GUEST_OP_MAP,        /* linear -> value (gfn); flags: GUEST_OP_READ_ONLY, _GLOBAL, _HUGE, _DIRTY */
 	GUEST_OP_UNMAP,      /* linear */
 	GUEST_OP_PROTECT,    /* linear loses write access */
+	GUEST_OP_STORE,      /* without EPT: the OS stores value to the 8 bytes at guest-physical address linear */
 	GUEST_OP_HLT,        /* exit EXIT_HLT */
 	GUEST_OP_EXIT,       /* exit EXIT_PROGRAM with `value` in exit.linear */
 	GUEST_OP_SIGNAL,     /* add 1 to the machine's signal `value` */
@@ -39,6 +41,8 @@ enum guest_op_flag {
 	GUEST_OP_HUGE = 8,
 	GUEST_OP_DIRTY = 16,
 	GUEST_OP_APIC = 32, /* the guest accesses its APIC: EXIT_APIC_ACCESS */
+	GUEST_OP_FAULTS = 64, /* without EPT: KVM injects a page fault, and the guest goes on behind the access; an access
+			       * that gets its translation is EXIT_TRIPLE_FAULT */
 };
 
 enum { MACHINE_SIGNALS = 64 };
@@ -70,6 +74,8 @@ void signal_reset(struct machine *m);
 struct walk;
 struct accesses;
 struct guest;
+/* Return whether the next operation is an access that is to fault, and go on behind it: KVM has injected a page fault. */
+bool program_takes_fault(struct guest *g);
 /* Do one operation in guest mode.  Returns an exit reason, or EXIT_REASONS: go on. */
 uint32_t program_step(struct walk *w, struct accesses *a, uint64_t *budget);
 void program_destroy(struct machine *m, struct guest *g);

@@ -142,6 +142,10 @@ static uint32_t before_the_next(struct run *run)
 		return EXIT_REASONS;
 	if (!os_inside(w) && os_flush_due(g))
 		return exit_of(w, os_flush_step(w));
+	if (g->injected.pending && program_takes_fault(g)) {
+		g->injected.pending = false;
+		return EXIT_REASONS;
+	}
 	if (g->injected.pending || g->choices.changing) {
 		if (!os_enter(w))
 			return os_spin(w);

@@ -22,6 +22,7 @@ _FLAGS = (
     "GUEST_OP_HUGE",
     "GUEST_OP_DIRTY",
     "GUEST_OP_APIC",
+    "GUEST_OP_FAULTS",
 )
 
 EXIT_REASONS: Final[int] = lib.EXIT_REASONS
@@ -39,6 +40,7 @@ _STORES: Final = frozenset(
         lib.GUEST_OP_MAP,
         lib.GUEST_OP_UNMAP,
         lib.GUEST_OP_PROTECT,
+        lib.GUEST_OP_STORE,
         lib.GUEST_OP_EPT12_MAP,
         lib.GUEST_OP_EPT12_UNMAP,
         lib.GUEST_OP_EPT12_PROTECT,

@@ -251,11 +251,15 @@ def prepare_vmcs02(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
 def nested_vmx_run(cpu: Cpu, vcpu: Vcpu, fails: int) -> None:
     """nested_vmx_run(), for VMLAUNCH and VMRESUME.  fails: the check that fails, of enum vmentry_check.
 
-    A control that is wrong is found before any state changes: the instruction fails, and L1 goes on.
+    A control that is wrong is found before any state changes: the instruction fails, and L1 goes on.  If L2
+    is in the activity state HLT, the vCPU blocks before it enters L2, and the event that wakes it makes L2
+    exit.
     """
     if fails != lib.VMENTRY_CONTROLS:
         vcpu.nested.vmcs12().host_state = control_registers(vcpu)
         nested_vmx_enter_non_root_mode(cpu, vcpu, fails)
+    if fails == lib.VMENTRY_HALTED:
+        nested_vmx_vmexit(cpu, vcpu)
 
 
 def nested_vmx_enter_non_root_mode(cpu: Cpu, vcpu: Vcpu, fails: int = lib.VMENTRY_SUCCEEDS) -> None:

@@ -63,6 +63,9 @@ NOT_TOGETHER = [
     (["map 1 2"], [], [], [], "v0.ops[0]: found 'map 1 2'; expected map in a VM with paging = true"),
     (["mov-cr3 0"], [], [], [], "v0.ops[0]: found 'mov-cr3 0'; expected mov-cr3 in a VM with paging = true"),
     (["cr0 pg 1"], [], [], [], "v0.ops[0]: found 'cr0 pg 1'; expected cr0 pg in a VM with paging = true"),
+    (["store 1 2 3"], [], [], [], "v0.ops[0]: found 'store 1 2 3'; expected machine.ept = false, and"),
+    (["read 1 fault"], [], [], [], "v0.ops[0]: found 'read 1 fault'; expected machine.ept = false, and"),
+    (["store 1 512 3"], [], [], [], "found '512'; expected a whole number, at most 511, for INDEX"),
     (["invpcid 0 1 2"], [], [], [], "v0.ops[0]: found 'invpcid 0 1 2'; expected pcid = true in its VM"),
     (
         ["cr4 pcide 1", "invpcid 0 1 2", "cr4 pcide 0", "invpcid 0 1 2"],

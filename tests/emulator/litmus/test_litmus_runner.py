@@ -236,6 +236,27 @@ def test_a_bug_of_kvm_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert differs(outcomes[0], test, ("safe",)) == "mm: AssertionError: KVM_BUG_ON"
 
 
+@pytest.mark.parametrize(
+    ("ops", "failure"),
+    [
+        ('"write 0x100"', ""),
+        ('"write 0x100 fault"', "v0: shutdown at"),
+        ('"store 0x7c4 0x100 0x12005", "write 0x100 fault"', ""),
+        ('"efer lme 0 gp"', ""),
+        ('"efer nx 0 gp"', "v0: MachineError: 'efer nx 0 gp' is no general-protection fault"),
+        ('"efer lme 0"', "v0: MachineError: 'efer lme 0' is a general-protection fault"),
+    ],
+)
+def test_an_expected_fault_has_to_come(ops: str, failure: str) -> None:
+    text = (
+        f'doc="d"\nsource="s"\ninit=["v0: map 0x100 0x12"]\nmachine.ept=false\n[[vm]]\npaging=true\n'
+        f"[threads.v0]\nvcpu=0\nops=[{ops}]\n"
+    )
+    found = run_test(parse_test(text, "t", None), Policy(), 1).failure
+    assert found.startswith(failure)
+    assert bool(found) == bool(failure)
+
+
 def test_what_kvm_refuses_is_bad_input() -> None:
     """Whether another thread arms the log in time shows only when the threads run, or `init` does."""
     arms = '[threads.l]\nops=["wait k 1", "log-arm"]\n'

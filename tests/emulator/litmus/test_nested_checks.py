@@ -36,7 +36,7 @@ def test_a_good_one() -> None:
     parse(GOOD)
     parse('"vmxon", "vmptrld 1", "vmwrite-vpid 0", "l2-enter"', "[machine]", "[machine]\nvpid = false")
     parse('"vmxon", "vmptrld 1", "l2-enter", "smi", "read 1", "rsm", "read 1", "smi", "rsm", "l2-exit"')
-    parse('"vmxon", "vmptrld 1", "l2-enter-fails controls", "l2-enter"')
+    parse('"vmxon", "vmptrld 1", "l2-enter-fails controls", "l2-enter-halted", "l2-enter"')
     parse(f'{GOOD}, {GOOD.replace("vmxon", "vmclear 1")}, "vmxoff", {GOOD}')
 
 
@@ -62,6 +62,7 @@ def test_a_good_one() -> None:
         ('"vmxon", "vmptrld 1", "l2-enter", "smi", "l2-exit"', "expected an rsm before it"),
         ('"vmxon", "smi", "vmxon"', "expected an rsm before it"),
         ('"vmxon", "l2-enter-fails controls"', "expected a vmptrld before it"),
+        ('"vmxon", "l2-enter-halted"', "expected a vmptrld before it"),
         ('"vmxon", "vmptrld 1", "l2-enter-fails"', "expected one of controls, guest-state, msr-load"),
         (
             '"vmxon", "vmptrld 1", "l2-enter", "l2-enter-fails controls"',
