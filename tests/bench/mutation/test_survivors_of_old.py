@@ -67,6 +67,13 @@ CASES = {
     # Without EPT obsolete pages stay, or their roots do.
     "drop-flush@kvm_zap_obsolete_pages#1": ("shadow-zap-all-unpaged", "leak"),
     "drop-not@shadow_mmu_free_root_page#1": ("shadow-zap-all-unpaged", "leak"),
+    # A nested guest that exits before its first instruction leaves L1 its flush.
+    "last-flush@nested_vmx_vmexit#1": ("nested-entry-halted", "cross-guest"),
+    # A register changes although the instruction faults; a reserved bit is ignored.
+    "drop-guard@set_efer#1": ("shadow-gp", "'efer lme 0 gp' is no general-protection fault"),
+    "drop-guard@_read_tables#4": ("shadow-entry-bits", "shutdown"),
+    # A sync that drops an SPTE keeps its translation, and the host frees the page.
+    "drop-flush@kvm_mmu_find_shadow_page#3": ("shadow-relinked", "use-after-free"),
 }
 
 
