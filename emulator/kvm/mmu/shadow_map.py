@@ -138,7 +138,7 @@ def mmu_set_spte(
         else:
             was_rmapped = True
     if slot is None:
-        cpu.stat(kvm.id, lib.STAT_PF_MMIO_SPTE_CREATED)
+        cpu.stat(kvm.id, lib.STAT_PF_MMIO_SPTE_CREATED, not tdp_enabled(kvm))
         mark_mmio_spte(cpu, kvm, sptep, gfn)
         if replaced and not elides_spte_replace(cpu, kvm, gfn):
             kvm_flush_remote_tlbs_range(
