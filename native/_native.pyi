@@ -609,6 +609,7 @@ class Lib:
     GUEST_OP_EPT12_MAP: Final[int]
     GUEST_OP_EPT12_UNMAP: Final[int]
     GUEST_OP_EPT12_PROTECT: Final[int]
+    GUEST_OP_EPT12_CLEAN: Final[int]
     GUEST_OPS: Final[int]
     GUEST_OP_NOFLUSH: Final[int]
     GUEST_OP_READ_ONLY: Final[int]

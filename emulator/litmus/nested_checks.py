@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from emulator.errors import shown
 from emulator.litmus.checks import SchemaError, sequence
-from emulator.litmus.nested_ops import EPT12_OPS, NESTED_OPS
+from emulator.litmus.nested_ops import EPT12_OPS, NESTED_OPS, Ept12Clean
 
 if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
@@ -25,6 +25,8 @@ _LEAVES_L2: Final = frozenset({"l2-exit", "l2-apic"})
 _OF_L2: Final = _LEAVES_L2 | {"l2-eptp"}
 # L1 needs no VMX operation to write to its memory.
 _STORES: Final = frozenset(op.verb for op in EPT12_OPS)
+# The oracle looks at flags in the frames where they were cleared.
+_TAKES_PAGES: Final = ("host-", "notifier-")
 _EPT12_VERBS: Final = _STORES | {"vmwrite-eptp", "l2-eptp", "invept"}
 # Page tables of four vCPUs with three nested guests each.
 _LEAST_PAGES: Final = 0x800
@@ -32,9 +34,11 @@ _LEAST_PAGES: Final = 0x800
 
 def check_nested(test: LitmusTest) -> None:
     """Raise SchemaError for the first VMX instruction that would fail, or that is not modelled."""
-    nested = set()
+    nested, cleaned = set(), set()
     for name, thread in test.threads.items():
         placed = list(sequence(test, name))
+        if any(op.verb == Ept12Clean.verb for _, op in placed):
+            cleaned.add(thread.vm)
         uses = [(key, op) for key, op in placed if op.verb in _VERBS]
         if not uses:
             continue
@@ -49,6 +53,8 @@ def check_nested(test: LitmusTest) -> None:
         for key, op in sequence(test, name):
             if thread.vm in nested and op.verb in _NOT_MODELLED:
                 raise SchemaError(key, shown(op.text), f"no {op.verb} in a VM with nested guests")
+            if thread.vm in cleaned and op.verb.startswith(_TAKES_PAGES):
+                raise SchemaError(key, shown(op.text), f"no {op.verb} in a VM with ept12-clean")
 
 
 def _check_machine(test: LitmusTest, vm: int, key: str, op: Op) -> None:

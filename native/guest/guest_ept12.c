@@ -21,8 +21,7 @@
 #define EPT12_EXECUTABLE UINT64_C(4)
 #define EPT12_WB UINT64_C(0x30)
 #define EPT12_PAGE UINT64_C(0x80) /* of level 2: the entry maps 2 MiB */
-#define EPT12_ACCESSED UINT64_C(0x100)
-#define EPT12_DIRTY UINT64_C(0x200)
+#define EPT12_FLAGS (EPT12_ACCESSED | EPT12_DIRTY)
 #define EPT12_RWX (EPT12_READABLE | EPT12_ENTRY_WRITABLE | EPT12_EXECUTABLE)
 /* 25.6.11: EPTP. */
 #define EPTP_WB UINT64_C(6)
@@ -38,6 +37,7 @@ struct wanted {
 	uint32_t kind;  /* GUEST_OP_EPT12_* */
 	uint64_t gfn;
 	bool writable;
+	bool dirty;     /* GUEST_OP_EPT12_CLEAN of the dirty flag alone */
 	uint32_t level; /* of the entry to write */
 };
 
@@ -95,15 +95,15 @@ static enum walk_result read_entry(struct walk *w, uint64_t table, uint32_t inde
 	return r;
 }
 
-/* Write an entry, unless it has the value already: then KVM has emulated the store. */
-static enum walk_result write_entry(struct walk *w, uint64_t table, uint32_t index, uint64_t value)
+/* Write an entry, unless it has the value already, but for these bits: then KVM has emulated the store. */
+static enum walk_result write_entry(struct walk *w, uint64_t table, uint32_t index, uint64_t value, uint64_t but)
 {
 	_Atomic uint64_t *word;
 	uint64_t old;
 	enum walk_result r = read_entry(w, table, index, &old);
 
 	w->guest->store.done = false;
-	if (r != WALK_DONE || (old & ~(EPT12_ACCESSED | EPT12_DIRTY)) == (value & ~(EPT12_ACCESSED | EPT12_DIRTY)))
+	if (r != WALK_DONE || (old & ~but) == (value & ~but))
 		return r;
 	r = reach(w, table, index, ACCESS_WRITE, &word);
 	if (r == WALK_EXIT)
@@ -160,7 +160,7 @@ static enum walk_result find_table(struct walk *w, struct wanted *to, bool creat
 				return WALK_GUEST_FAULT;
 			r = os_spare_table(w, &next);
 			if (r == WALK_DONE)
-				r = write_entry(w, *table, index, next << 12 | EPT12_RWX);
+				r = write_entry(w, *table, index, next << 12 | EPT12_RWX, EPT12_FLAGS);
 			if (r != WALK_DONE)
 				return r;
 			os_table_linked(w->guest, next);
@@ -222,7 +222,7 @@ static bool record_page(struct machine *m, struct ept12s *s, const struct wanted
 		return false;
 	if (to->kind == GUEST_OP_EPT12_PROTECT)
 		ept->mapping[page] &= ~EPT12_WRITABLE;
-	else
+	else if (to->kind != GUEST_OP_EPT12_CLEAN)
 		ept->mapping[page] = to->kind == GUEST_OP_EPT12_UNMAP ? 0 :
 				     (to->gfn + (page & (pages_of(to) - 1))) | EPT12_MAPPED |
 				     (to->writable ? EPT12_WRITABLE : 0);
@@ -269,8 +269,44 @@ static enum walk_result change(struct walk *w, struct wanted *to)
 	else
 		value = map ? to->gfn << 12 | EPT12_WB | EPT12_READABLE | EPT12_EXECUTABLE |
 			      (to->writable ? EPT12_ENTRY_WRITABLE : 0) | (to->level > 1 ? EPT12_PAGE : 0) : 0;
-	r = write_entry(w, table, to->page >> (to->level - 1) * 9 & 511, value);
+	r = write_entry(w, table, to->page >> (to->level - 1) * 9 & 511, value, EPT12_FLAGS);
 	if (r == WALK_DONE && !record(w, to))
+		return WALK_GUEST_FAULT;
+	return r;
+}
+
+static bool record_clean(struct walk *w, const struct wanted *to, const _Atomic uint64_t *word)
+{
+	struct ept12s *s = w->guest->vmx.ept12s;
+	uint32_t i = 0;
+
+	while (i < s->cleans && (s->cleaned[i].ept12 != to->number || s->cleaned[i].page != to->page))
+		i++;
+	if (i == EPT12_CLEANED)
+		return false;
+	s->cleaned[i] = (struct ept12_cleaned){ to->number, to->page, word };
+	if (i == s->cleans)
+		s->cleans++;
+	return record(w, to);
+}
+
+/* Clear the flags of a page's entry of level 1. */
+static enum walk_result clean(struct walk *w, struct wanted *to)
+{
+	uint32_t index = to->page & 511;
+	uint64_t table = GUEST_NO_GFN, value = 0;
+	_Atomic uint64_t *word = NULL;
+	enum walk_result r = find_table(w, to, false, &table);
+
+	if (r == WALK_DONE && to->level > 1)
+		return WALK_GUEST_FAULT;
+	if (r == WALK_DONE)
+		r = read_entry(w, table, index, &value);
+	if (r == WALK_DONE)
+		r = write_entry(w, table, index, value & ~(to->dirty ? EPT12_DIRTY : EPT12_FLAGS), 0);
+	if (r == WALK_DONE)
+		r = reach(w, table, index, ACCESS_READ, &word);
+	if (r == WALK_DONE && !record_clean(w, to, word))
 		return WALK_GUEST_FAULT;
 	return r;
 }
@@ -283,10 +319,11 @@ enum walk_result ept12_op(struct walk *w, const struct guest_op *op)
 		.kind = op->kind,
 		.gfn = op->value,
 		.writable = !(op->flags & GUEST_OP_READ_ONLY),
+		.dirty = (op->flags & GUEST_OP_DIRTY) != 0,
 		.level = op->flags & GUEST_OP_HUGE ? 2 : 1,
 	};
 
-	return change(w, &to);
+	return to.kind == GUEST_OP_EPT12_CLEAN ? clean(w, &to) : change(w, &to);
 }
 
 /* From here on the oracle judges each use of the former translations. */

@@ -178,6 +178,7 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 		break;
 	case GUEST_INSN_VMWRITE_EPTP:
 		guests[l1->current]->vmx.ept12 = (uint32_t)op->value;
+		guests[l1->current]->vmx.ept12_ad = type != 0;
 		break;
 	case GUEST_INSN_INVEPT:
 		ept12_invalidated(w->m, w->vcpu, type == INVEPT_SINGLE ? (uint32_t)op->value : 0, EPT12_ANY_PAGE);
@@ -191,6 +192,7 @@ void vmx_execute(struct walk *w, const struct guest_op *op)
 		break;
 	case GUEST_INSN_VMFUNC:
 		w->guest->vmx.ept12 = (uint32_t)op->value;
+		w->guest->vmx.ept12_ad = type != 0;
 		ept12_entered(w->m, w->vcpu, w->guest->vmx.ept12);
 		break;
 	case GUEST_INSN_INVVPID:

@@ -281,6 +281,7 @@ static enum walk_result one(struct walk *w, struct accesses *a, const struct gue
 	case GUEST_OP_EPT12_MAP:
 	case GUEST_OP_EPT12_UNMAP:
 	case GUEST_OP_EPT12_PROTECT:
+	case GUEST_OP_EPT12_CLEAN:
 		return ept12_op(w, op);
 	case GUEST_OP_VMX:
 		return vmx_prepare(w, op);

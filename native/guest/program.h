@@ -31,6 +31,7 @@ enum guest_op_kind {
 			      * GUEST_OP_HUGE */
 	GUEST_OP_EPT12_UNMAP, /* flags: GUEST_OP_HUGE: the entry of level 2, and with it the table of 2 MiB */
 	GUEST_OP_EPT12_PROTECT, /* the page loses write access */
+	GUEST_OP_EPT12_CLEAN,   /* the entry loses its accessed and dirty flags; flags: GUEST_OP_DIRTY: the dirty flag alone */
 	GUEST_OPS
 };
 

@@ -18,6 +18,11 @@ enum { EPT12S = 4 };
 
 #define EPT12_MAPPED (UINT64_C(1) << 32)
 #define EPT12_WRITABLE (UINT64_C(1) << 33)
+/* SDM vol. 3C, 29.3.2: of an entry. */
+#define EPT12_ACCESSED UINT64_C(0x100)
+#define EPT12_DIRTY UINT64_C(0x200)
+
+enum { EPT12_CLEANED = 16 };
 
 struct ept12 {
 	uint64_t root_gfn; /* GUEST_NO_GFN: it has no tables yet */
@@ -32,10 +37,19 @@ struct ept12_change {
 	uint64_t gfn;      /* L1's page behind it before */
 };
 
+/* An entry of which L1 has cleared the flags: an access of the nested guest has to set them again, before it is done. */
+struct ept12_cleaned {
+	uint32_t ept12;
+	uint64_t page;                 /* of L2 */
+	const _Atomic uint64_t *entry; /* in the host's frame, which the host must leave there */
+};
+
 struct ept12s {
 	struct ept12 ept[EPT12S + 1];
 	struct ept12_change *change;
 	uint32_t changes, room;
+	struct ept12_cleaned cleaned[EPT12_CLEANED];
+	uint32_t cleans;
 	uint32_t entered;    /* the EPT of the last VM entry; 0: none */
 	uint64_t violation; /* the guest-physical page at which L2 has exited to L1; GUEST_NO_GFN: none */
 };

@@ -255,6 +255,7 @@ struct guest_vmx {
 	uint16_t vpid12;  /* of a nested guest: the VPID that L1 has given it; 0: none */
 	uint32_t current; /* of L1: the nested guest of the current VMCS; 0: none */
 	uint32_t ept12;   /* of a nested guest: the number of L1's EPT for it (ept12.h); 0: none */
+	bool ept12_ad;    /* its EPTP enables accessed and dirty flags */
 	struct hypervisor *hypervisor; /* of L1: its hypervisor (guest_hypervisor.h); NULL: it has a program, or no nested guests */
 	struct ept12s *ept12s; /* L1's EPTs; a nested guest that has run has the pointer, too; NULL: there is none */
 };

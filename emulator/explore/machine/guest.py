@@ -44,6 +44,7 @@ _STORES: Final = frozenset(
         lib.GUEST_OP_EPT12_MAP,
         lib.GUEST_OP_EPT12_UNMAP,
         lib.GUEST_OP_EPT12_PROTECT,
+        lib.GUEST_OP_EPT12_CLEAN,
     }
 )
 

@@ -119,6 +119,11 @@ def test_an_ept_of_l1s() -> None:
     parse(f"{EPT}, {switch}", "[[vm]]", "[[vm]]\npaging = true")
 
 
+def test_flags_that_the_oracle_looks_at_stay_where_they_are() -> None:
+    with pytest.raises(BadInput, match="found 'host-unmap 0x10'; expected no host-unmap in a VM with ept12"):
+        parse(f'{EPT}, "ept12-clean 1 0x20", {GOOD[9:]}', "[[vm]]", "[[vm]]\npaging = true")
+
+
 @pytest.mark.parametrize(
     ("ops", "vm", "problem"),
     [

@@ -20,7 +20,7 @@ TABLE: list[tuple[str, str, str]] = CASE.findall(
 
 
 def test_the_table_has_its_cases() -> None:
-    assert len(TABLE) == len({case for case, _, _ in TABLE}) == 10
+    assert len(TABLE) == len({case for case, _, _ in TABLE}) == 15
 
 
 @pytest.mark.slow
