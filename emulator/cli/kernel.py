@@ -57,6 +57,7 @@ class TreeReport:
         return {
             "tree": str(self.built.top),
             "version": self.built.version,
+            "code": self.built.code,
             "findings": dict(self.tree.findings),
         }
 
@@ -177,8 +178,10 @@ class OnTree:
 
         return trace_on_tree(self.object, work, goal)
 
-    def document(self) -> dict[str, str]:
-        return {"tree": str(self.object.top), "version": self.object.version, "sources": self.object.sources}
+    def document(self) -> dict[str, Any]:
+        built = self.object
+        about = {"tree": str(built.top), "version": built.version, "sources": built.sources}
+        return {**about, "code": built.code}
 
 
 def heading(built: Built, chosen: Sequence[str]) -> str:
@@ -186,7 +189,7 @@ def heading(built: Built, chosen: Sequence[str]) -> str:
     from emulator.kernel_tree.on_machine.points import OWN_POINTS
 
     how = "from the cache" if built.cached else f"{built.harvested} lines of declarations harvested"
-    text = f"Linux {built.version} has the TDP MMU ({how}; sources {built.sources})"
+    text = f"Linux {built.version} has the TDP MMU and requests to all vCPUs ({how}; sources {built.sources})"
     if chosen:
         text += f", and decides {', '.join(OWN_POINTS)}; {', '.join(chosen)} decides the rest"
     return "\n".join([*textwrap.wrap(text, 80, break_on_hyphens=False), ""])

@@ -21,10 +21,12 @@ from typing import Final
 from emulator.drift.tree import tree_version
 from emulator.errors import BadInput
 from emulator.kernel_tree.compiler import Compiler, Diagnostic, find_compiler
+from emulator.kernel_tree.cut import cut_functions
 from emulator.kernel_tree.harvest import Harvest, Incomplete, source_line
 from emulator.kernel_tree.headers import Headers, Kind, items
 
 MMU: Final = "arch/x86/kvm/mmu"
+KVM_MAIN: Final = "virt/kvm/kvm_main.c"
 # The sources that are compiled, and the headers of the same directory that they include as they are.
 SOURCES: Final = ("tdp_mmu.c", "tdp_iter.c", "spte.c")
 _HEADERS: Final = ("mmu_internal.h", "spte.h", "tdp_iter.h", "tdp_mmu.h", "mmutrace.h")
@@ -44,7 +46,9 @@ class Use(StrEnum):
 # The files of the shim.  The first is compiled in one unit with the tree's files, behind them; the others are
 # compiled on their own; then come the headers.
 _BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c", Use.LOGGED: "calls.c"}
-_MACHINE = ("machine", "objects", "sptes", "sync", "kvm", "steps", "explored", "keep", "plain", "crash")
+_MACHINE = (
+    "machine", "objects", "sptes", "sync", "kvm", "requests", "steps", "explored", "keep", "plain", "crash",
+)  # fmt: skip
 _ALONE: Final = {
     Use.COMPARED: ("shim.c",),
     Use.MACHINE: tuple(f"{name}.c" for name in _MACHINE),
@@ -78,7 +82,7 @@ class Built:
 
     `sources`: a hash of the tree's files that were compiled.  `harvested`: lines of declarations taken;
     `stubs`: functions that the tree calls and the shim lacks, which report themselves when they are called;
-    `cached`: it was there already.
+    `cached`: it was there already.  `cut`: the functions of kvm_main.c that were compiled.
     """
 
     path: Path
@@ -89,19 +93,26 @@ class Built:
     rounds: int
     stubs: tuple[str, ...]
     cached: bool
+    cut: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> list[str]:
+        """Return the files and functions of the tree that run."""
+        files = [f"{MMU}/{name}" for name in SOURCES]
+        return files + [f"{name}() in {KVM_MAIN}" for name in self.cut]
 
 
 def build(top: Path, use: Use = Use.COMPARED) -> Built:
     """Return the shared object of a tree, from the cache if nothing has changed; raise BadInput if it does
     not build."""
     version = tree_version(top)
-    files = _tree_files(top)
+    files = _tree_files(top, use)
     compiler = find_compiler()
     cache = cache_directory()
     directory = cache / _key(top, files, compiler, use)
     target = directory / "tdp_mmu.so"
     if target.is_file():
-        return _described(directory, version, top, files, cached=True)
+        return _described(directory, version, top, files, use, cached=True)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as work:
         _Build(top, compiler, Path(work), use).run()
@@ -113,7 +124,7 @@ def build(top: Path, use: Use = Use.COMPARED) -> Built:
                 raise
         else:
             Path(work).mkdir()
-    return _described(directory, version, top, files, cached=False)
+    return _described(directory, version, top, files, use, cached=False)
 
 
 def cache_directory() -> Path:
@@ -127,10 +138,11 @@ def shim_text(name: str) -> str:
     return resources.files("emulator.kernel_tree").joinpath("shim", name).read_text("utf-8")
 
 
-def _tree_files(top: Path) -> dict[str, bytes]:
+def _tree_files(top: Path, use: Use) -> dict[str, bytes]:
     found = {}
-    for name in (*SOURCES, *_HEADERS):
-        path = top / MMU / name
+    cut = () if use is Use.COMPARED else (KVM_MAIN,)
+    for name in (*(f"{MMU}/{name}" for name in (*SOURCES, *_HEADERS)), *cut):
+        path = top / name
         try:
             found[name] = path.read_bytes()
         except OSError as error:
@@ -150,7 +162,8 @@ def _key(top: Path, files: dict[str, bytes], compiler: Compiler, use: Use) -> st
     parts: list[bytes] = [str(top.resolve()).encode(), compiler.path.encode(), compiler.version.encode()]
     parts += [name.encode() + b"\0" + data for name, data in sorted(files.items())]
     parts += [use.encode(), *(shim_text(name).encode() for name in _shim_files(use))]
-    parts += [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("build", "harvest", "headers")]
+    builders = ("build", "cut", "harvest", "headers")
+    parts += [Path(__file__).with_name(f"{name}.py").read_bytes() for name in builders]
     for path in Headers(top, frozenset()).files():
         state = path.stat()
         parts.append(f"{path} {state.st_size} {state.st_mtime_ns}".encode())
@@ -159,14 +172,17 @@ def _key(top: Path, files: dict[str, bytes], compiler: Compiler, use: Use) -> st
     return hashed.hexdigest()
 
 
-def _described(directory: Path, version: str, top: Path, files: dict[str, bytes], *, cached: bool) -> Built:
+def _described(
+    directory: Path, version: str, top: Path, files: dict[str, bytes], use: Use, *, cached: bool
+) -> Built:
     lines = (directory / "report").read_text("utf-8").splitlines()
     hashed = hashlib.blake2b(digest_size=8)
     for name, data in sorted(files.items()):
         hashed.update(b"%s %d\0" % (name.encode(), len(data)) + data)
     harvested, rounds, stubs = int(lines[0]), int(lines[1]), tuple(lines[2:])
     target = directory / "tdp_mmu.so"
-    return Built(target, version, top, hashed.hexdigest(), harvested, rounds, stubs, cached)
+    cut = () if use is Use.COMPARED else tuple(one.name for one in cut_functions(files[KVM_MAIN]))
+    return Built(target, version, top, hashed.hexdigest(), harvested, rounds, stubs, cached, cut)
 
 
 @dataclass(slots=True)
@@ -203,8 +219,18 @@ class _Build:
             (self.work / name).write_text(shim_text(name), "utf-8")
         (self.work / "tree.h").write_text(_described_functions(self.top), "utf-8")
         parts = [f'#include "{self.top.resolve() / MMU / name}"' for name in SOURCES]
+        if self.use is not Use.COMPARED:
+            self._cut()
+            parts.append('#include "cut.c"')
         (self.work / "unit.c").write_text("\n".join([*parts, f'#include "{_BEHIND[self.use]}"', ""]), "utf-8")
         return Harvest(Headers(self.top, frozenset(f"{MMU}/{name}" for name in _HEADERS)))
+
+    def _cut(self) -> None:
+        """Write the functions of kvm_main.c that are compiled, each with the place that it has there."""
+        path = self.top.resolve() / KVM_MAIN
+        functions = cut_functions(path.read_bytes())
+        parts = [f'#line {one.line} "{path}"\n{one.text}' for one in functions]
+        (self.work / "cut.c").write_text("\n".join([*parts, ""]), "utf-8")
 
     def _options(self) -> list[str]:
         given = ("linux.h", "config.h", "harvest.h")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+# Packages with modules that import functions of KVM by name.
+_CALLERS: Final = tuple(f"emulator.{name}." for name in ("kvm", "litmus", "policy", "host", "actors"))
 
 
 def replace_function(function: Callable[..., Any], by: Callable[..., Any]) -> None:
-    """Put `by` in the place of the function in each module of KVM's that has imported it by name."""
+    """Put `by` in the place of the function in each module that has imported it by name."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("emulator.kvm."):
+        if name.startswith(_CALLERS):
             for key, value in list(vars(module).items()):
                 if value is function or getattr(value, "_stands_for", None) is function:
                     by._stands_for = function  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,16 +13,17 @@ from typing import Any, Final
 from cffi import FFI
 
 from emulator.kernel_tree.build import shim_text
+from emulator.kernel_tree.on_machine import kicks
 from emulator.kvm.host_work import host_works
 from emulator.kvm.mmu.hugepage import kvm_mmu_max_mapping_level
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt import requests
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
-from emulator.machine.runtime import Cpu, Hook, Machine, MachineError, Mode
+from emulator.machine.runtime import Cpu, Hook, Machine, MachineError, Mode, timed
 from emulator.points import PointKind
 from native import ffi as _native_ffi
 from native import lib as core_lib
-from native.types import FlushReason, Gfn
+from native.types import FlushReason, Gfn, VcpuId, VmId
 
 # The members of struct tree_core that are functions, and the functions of the core to which they point.
 _FUNCTIONS: Final = {
@@ -77,6 +78,8 @@ class Thread:
     # The values that `state` was given last: whether there is a hook, the lock that is held, and RCU's depth;
     # at first values that no CPU has, because the state may have been put back to any.
     hook: Hook | None = None
+    timing: timed | None = None  # of the remote flush that has begun
+    flushed: bool = False  # the operation has made a remote flush
     held: tuple[int, int] = (-1, -1)
 
 
@@ -98,8 +101,6 @@ class Tree:
         lib: Any = self.lib
         self._points = {getattr(lib, name): kind for name, kind in _POINTS.items()}
         self._handlers: dict[int, Handler] = {
-            lib.CALL_FLUSH: self._flush,
-            lib.CALL_FLUSH_RANGE: self._flush_range,
             lib.CALL_FLUSH_SLOT: self._flush_slot,
             lib.CALL_DIRTY: self._dirty,
             lib.CALL_MAX_LEVEL: self._max_level,
@@ -107,6 +108,7 @@ class Tree:
             lib.CALL_YIELDED: self._yielded,
             lib.CALL_WARN: self._warn,
             lib.CALL_POINT: self._point,
+            **kicks.handlers(lib),
         }
         self._explores = False
         signature = "int(unsigned int, unsigned int, unsigned long long, unsigned long long, const char *)"
@@ -119,7 +121,7 @@ class Tree:
         core.machine = ffi.cast("void *", address(machine.m))
         core.memory = ffi.cast("unsigned char *", core_lib.kernel_frames(machine.m))
         core.frames = _tables(machine)
-        core.cpus = len(machine.cpus)
+        core.cpus, core.vcpus = len(machine.cpus), machine.config["vcpus"]
         for member, name in _FUNCTIONS.items():
             kind = ffi.typeof(getattr(core, member))
             setattr(core, member, ffi.cast(kind, address(core_ffi.addressof(core_lib, name))))
@@ -185,6 +187,9 @@ class Tree:
         thread.since = 0.0
         # An operation ends with the locks that it began with: shim_end() sees to that if it was given up.
         cpu.mmu_lock_held, cpu.rcu_depth = held
+        if thread.flushed:
+            thread.flushed = False
+            cpu.stat(kvm.id, core_lib.STAT_REMOTE_TLB_FLUSH, self.lib.tree_take_flushes(kvm.id))
         if state.error:
             self._fail(thread)
         return result
@@ -197,6 +202,11 @@ class Tree:
     def _set_kvm(self, thread: Thread, kvm: Kvm) -> None:
         thread.kvm, state, params = kvm, thread.state, kvm.params
         state.vm, state.chunk, state.resched = kvm.id, params.chunk, params.chunk * params.resched_chunks
+
+    def set_vcpus(self, vm: VmId, numbers: Sequence[VcpuId]) -> None:
+        """Say which vCPUs a VM has.  None of its operations may be running."""
+        if self.lib.tree_set_vcpus(vm, numbers, len(numbers)):
+            raise MemoryError("no memory for the tree's vCPUs")
 
     def _fail(self, thread: Thread) -> None:
         cpu, state = thread.cpu, thread.state
@@ -217,12 +227,6 @@ class Tree:
         except BaseException as error:  # no exception may leave through C
             thread.error = error
             return int(core_lib.MACHINE_STOPPED)
-
-    def _flush(self, thread: Thread, a: int, b: int, text: Any) -> None:
-        requests.kvm_flush_remote_tlbs(thread.cpu, _of(thread), thread.reason)
-
-    def _flush_range(self, thread: Thread, a: int, b: int, text: Any) -> None:
-        requests.kvm_flush_remote_tlbs_range(thread.cpu, _of(thread), Gfn(a), b, thread.reason)
 
     def _flush_slot(self, thread: Thread, a: int, b: int, text: Any) -> None:
         assert thread.slot is not None

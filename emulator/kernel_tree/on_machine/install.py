@@ -18,7 +18,7 @@ from emulator.kernel_tree.replace import replace_function
 from emulator.kvm.mmu import page_fault, tdp_dirty, tdp_map, tdp_roots
 from emulator.kvm.mmu import tdp_mmu as model
 from emulator.kvm.structs import Kvm
-from emulator.kvm.virt import vm
+from emulator.kvm.virt import requests, vm
 from emulator.litmus import runner
 from emulator.report.violation import ReportCollector
 
@@ -40,6 +40,8 @@ REPLACED: Final[tuple[Callable[..., Any], ...]] = (
     tdp_dirty.kvm_tdp_mmu_clear_dirty_pt_masked,
     tdp_dirty.kvm_tdp_mmu_try_split_huge_pages,
     tdp_dirty.kvm_tdp_mmu_recover_huge_pages,
+    requests.kvm_make_all_cpus_request,
+    requests.kvm_flush_remote_tlbs,
 )
 
 

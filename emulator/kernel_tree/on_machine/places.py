@@ -6,9 +6,11 @@ import subprocess
 from collections.abc import Sequence
 from typing import Final
 
-from emulator.kernel_tree.build import MMU, Built
+from emulator.kernel_tree.build import KVM_MAIN, MMU, Built
 
 _SECONDS: Final = 60
+# The parts of the kernel's places by which functions of the tree are told from the shim's.
+_TREES: Final = (f"{MMU}/", KVM_MAIN)
 
 
 def kernel_places(
@@ -30,13 +32,17 @@ def kernel_places(
         return []
     lines = done.stdout.splitlines()
     every = list(zip(lines[::2], lines[1::2], strict=False))
-    if innermost and f"{MMU}/" not in every[0][1]:
+    if innermost and not _is_tree(every[0][1]):
         return []
-    found = [(name, short_place(place.split(" ")[0])) for name, place in every if f"{MMU}/" in place]
+    found = [(name, short_place(place.split(" ")[0])) for name, place in every if _is_tree(place)]
     return list(dict.fromkeys(found))
+
+
+def _is_tree(place: str) -> bool:
+    return any(part in place for part in _TREES)
 
 
 def short_place(place: str) -> str:
     """Return a place without the directories above the tree."""
-    at = place.find("arch/x86/kvm/")
+    at = max(place.find("arch/x86/kvm/"), place.find("virt/kvm/"))
     return place[at:] if at >= 0 else place

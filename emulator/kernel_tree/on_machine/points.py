@@ -7,11 +7,12 @@ from typing import Final
 from emulator.errors import BadInput
 from emulator.policy import PRESETS, Policy
 
-# Decision points of tdp_mmu.c.  The policy still decides those of mmu.c, its callers, and of the rest of KVM.
+# Decision points of tdp_mmu.c, and of the requests in kvm_main.c.  The policy still decides those of mmu.c
+# and of the rest of KVM.
 OWN_POINTS: Final = (
     "root_alloc", "root_put", "invalid_root_zap", "zap_scope", "zap", "zap_root", "zap_yield", "map_replace",
     "split_alloc", "fault_split", "invalid_roots", "frozen_zap", "mapped_fault", "huge_recovery",
-    "zapped_pfn",
+    "zapped_pfn", "remote_kick", "kick_wait",
 )  # fmt: skip
 # Moments inside tdp_mmu.c, of which the tree's code tells no policy.
 _OWN_MOMENTS: Final = ("root_created", "root_released", "table_removed", "walk_ends")

@@ -76,7 +76,7 @@ class TreeRoot(KvmMmuPage):
 class TreeKvm(Kvm):
     """A VM for which the tree's code is the TDP MMU.  known: its roots by their addresses."""
 
-    __slots__ = ("known", "tree")
+    __slots__ = ("_vcpus", "known", "tree")
 
     # Set before the first VM is made; one process has one tree.
     loaded: Tree | None = None
@@ -98,6 +98,18 @@ class TreeKvm(Kvm):
             self.tree.attach(machine)
         cpu = machine.cpus[machine.pcpus]
         self.tree.run(cpu, self, self.tree.lib.tree_vm_create, vm, int(params.eptad))
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        return self._vcpus
+
+    @vcpus.setter
+    def vcpus(self, vcpus: tuple[Vcpu, ...]) -> None:
+        """Tell the tree's code at once: other threads of the VM do not run yet, or run no more."""
+        told = getattr(self, "_vcpus", ())
+        self._vcpus = vcpus
+        if vcpus != told:
+            self.tree.set_vcpus(self.id, [vcpu.id for vcpu in vcpus])
 
     def _listed(self) -> list[int]:
         addresses = self.tree.ffi.new("unsigned long long[]", _MOST_ROOTS)
@@ -127,7 +139,7 @@ class TreeKvm(Kvm):
 # Attributes that are read from the tree's memory.
 IN_THE_TREE: Final[dict[type, frozenset[str]]] = {
     TreeRoot: frozenset({"role", "tdp_mmu_root_count", "tdp_mmu_scheduled_root_to_zap"}),
-    TreeKvm: frozenset({"tdp_mmu_roots"}),
+    TreeKvm: frozenset({"tdp_mmu_roots", "vcpus"}),
 }
 
 
@@ -281,6 +293,20 @@ def kvm_tdp_mmu_unmap_gfn_range(
 def kvm_tdp_mmu_age_gfn_range(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, start: Gfn, end: Gfn) -> bool:
     _, tree, code = _of(kvm)
     return bool(tree.run(cpu, kvm, code.tree_age, start, end, slot=slot))
+
+
+# --- requests -----------------------------------------------------------------------------------------------
+
+
+def kvm_make_all_cpus_request(cpu: Cpu, kvm: Kvm, req: int) -> bool:
+    _, tree, code = _of(kvm)
+    cpu.stat(kvm.id, lib.STAT_MAKE_ALL_CPUS_REQUEST)
+    return bool(tree.run(cpu, kvm, code.tree_make_all_cpus_request, req))
+
+
+def kvm_flush_remote_tlbs(cpu: Cpu, kvm: Kvm, reason: FlushReason) -> None:
+    _, tree, code = _of(kvm)
+    tree.run(cpu, kvm, code.tree_flush_remote_tlbs, reason=reason)
 
 
 # --- dirty logging ------------------------------------------------------------------------------------------

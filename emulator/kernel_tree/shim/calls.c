@@ -15,6 +15,9 @@ static struct kvm *vms[MOST_VMS];
 static struct kvm_vcpu *vcpus;
 static struct kvm_mmu *mmus;
 
+/* The VMs' vCPUs by the machine's numbers, of which the functions of kvm_main.c read the fields. */
+static struct kvm_vcpu *all_vcpus;
+
 struct cpuinfo_x86 boot_cpu_data = { .x86_phys_bits = 52, .x86_cache_bits = 52 };
 bool tdp_enabled = true;
 
@@ -89,7 +92,8 @@ unsigned int glue_table_of(const struct rcu_head *head)
 
 bool glue_keep(void)
 {
-	bool kept = shim_keep(vcpus, core.cpus * sizeof(*vcpus)) && shim_keep(mmus, core.cpus * sizeof(*mmus));
+	bool kept = shim_keep(vcpus, core.cpus * sizeof(*vcpus)) && shim_keep(mmus, core.cpus * sizeof(*mmus)) &&
+		    shim_keep(all_vcpus, core.vcpus * sizeof(*all_vcpus));
 
 	for (unsigned int i = 0; i < MOST_VMS; i++)
 		kept = kept && (!vms[i] || shim_keep(vms[i], sizeof(*vms[i])));
@@ -128,10 +132,14 @@ int tree_attach(const struct tree_core *given, int report_fd)
 	nothing.role.level = PG_LEVEL_4K;
 	free(vcpus);
 	free(mmus);
+	free(all_vcpus);
 	vcpus = calloc(core.cpus, sizeof(*vcpus));
 	mmus = calloc(core.cpus, sizeof(*mmus));
-	if (!vcpus || !mmus)
+	all_vcpus = calloc(core.vcpus + 1, sizeof(*all_vcpus));
+	if (!vcpus || !mmus || !all_vcpus)
 		return core.nomem;
+	shim_vcpus = (unsigned long)all_vcpus;
+	shim_vcpus_bytes = core.vcpus * sizeof(*all_vcpus);
 	here = shim_cpu_of(0);
 #ifdef TREE_ARGS_kvm_mmu_spte_module_init
 	kvm_mmu_spte_module_init();
@@ -161,6 +169,8 @@ int tree_vm_create(unsigned int cpu, unsigned int number, int ad_bits)
 {
 	if (number >= MOST_VMS)
 		return core.nomem;
+	if (vms[number])
+		free(vms[number]->vcpu_array.shim_entries);
 	free(vms[number]);
 	vms[number] = calloc(1, sizeof(struct kvm));
 	if (!vms[number])
@@ -191,6 +201,71 @@ static struct kvm_memory_slot slot_of(void)
 	slot.flags = here->api.slot_flags;
 	slot.as_id = (u16)here->api.slot_as_id;
 	return slot;
+}
+
+/* --- requests and kicks --------------------------------------------------------------------------------------------- */
+unsigned int glue_vcpu_at(const volatile void *p, unsigned int *field)
+{
+	unsigned long at = (unsigned long)p - shim_vcpus, inside = at % sizeof(*all_vcpus);
+
+	*field = inside == offsetof(struct kvm_vcpu, mode)     ? FIELD_MODE :
+		 inside == offsetof(struct kvm_vcpu, requests) ? FIELD_REQUESTS :
+		 inside == offsetof(struct kvm_vcpu, cpu)      ? FIELD_CPU :
+								 FIELD_NONE;
+	return (unsigned int)(at / sizeof(*all_vcpus));
+}
+
+/* Called for each access that is logged, so its own accesses must not be. */
+__attribute__((no_sanitize_thread)) bool glue_is_statistic(const volatile void *p)
+{
+	const struct kvm *kvm = vms[here->api.vm];
+
+	return kvm && (unsigned long)p - (unsigned long)&kvm->stat < sizeof(kvm->stat);
+}
+
+bool glue_exits_guest(u64 old, u64 value)
+{
+	return old == IN_GUEST_MODE && value == EXITING_GUEST_MODE;
+}
+
+bool glue_is_kick(void (*function)(void *argument))
+{
+	return function == ack_kick;
+}
+
+int tree_set_vcpus(unsigned int number, const unsigned int *numbers, unsigned int n)
+{
+	struct kvm *kvm = vms[number];
+	void **entries = calloc(n + 1, sizeof(*entries));
+
+	if (!entries)
+		return core.nomem;
+	for (unsigned int i = 0; i < n; i++) {
+		entries[i] = &all_vcpus[numbers[i]];
+		all_vcpus[numbers[i]].kvm = kvm;
+	}
+	free(kvm->vcpu_array.shim_entries);
+	kvm->vcpu_array.shim_entries = entries;
+	atomic_set(&kvm->online_vcpus, (int)n);
+	return 0;
+}
+
+int tree_make_all_cpus_request(unsigned int cpu, unsigned int request)
+{
+	volatile int r = 0;
+	int error = OPERATION(cpu, OPERATION_OTHER, r = kvm_make_all_cpus_request(vm(), request));
+
+	return error ? error : r;
+}
+
+int tree_flush_remote_tlbs(unsigned int cpu)
+{
+	return OPERATION(cpu, OPERATION_OTHER, kvm_flush_remote_tlbs(vm()));
+}
+
+unsigned long long tree_take_flushes(unsigned int number)
+{
+	return __atomic_exchange_n(&vms[number]->stat.generic.remote_tlb_flush, 0, __ATOMIC_RELAXED);
 }
 
 /* --- roots ------------------------------------------------------------------------------------------------------------ */

@@ -4,6 +4,9 @@
 #include "machine_internal.h"
 #include "tree.h"
 
+/* In the tree's kvm_main.c. */
+void kvm_flush_remote_tlbs(void *kvm);
+
 static void flush(unsigned int what, u64 a, u64 b)
 {
 	bool pending = here->unflushed;
@@ -14,21 +17,11 @@ static void flush(unsigned int what, u64 a, u64 b)
 	here->flushed_last = pending;
 }
 
-void kvm_flush_remote_tlbs(void *kvm)
-{
-	(void)kvm;
-	flush(CALL_FLUSH, 0, 0);
-}
-
-void kvm_flush_remote_tlbs_range(void *kvm, u64 gfn, u64 npages)
-{
-	(void)kvm;
-	flush(CALL_FLUSH_RANGE, gfn, npages);
-}
-
+/* 6.1 has these two in mmu.c.  The model's flush a range on Hyper-V, and else call the tree's kvm_flush_remote_tlbs(). */
 void kvm_flush_remote_tlbs_with_address(void *kvm, u64 gfn, u64 npages)
 {
-	kvm_flush_remote_tlbs_range(kvm, gfn, npages);
+	if (shim_flush_range_on_hyperv(gfn, npages))
+		kvm_flush_remote_tlbs(kvm);
 }
 
 void kvm_flush_remote_tlbs_memslot(void *kvm, const void *slot)

@@ -38,6 +38,8 @@ struct hlist_head { struct hlist_node *first; };
 struct rcu_head { struct rcu_head *next; void (*func)(struct rcu_head *head); };
 struct work_struct { struct work_struct *next; void (*func)(struct work_struct *work); };
 struct workqueue_struct { struct work_struct *first; };
+struct xarray { void **shim_entries; };
+struct cpumask;
 
 /* --- annotations ----------------------------------------------------------------------------------------------- */
 #define __rcu
@@ -79,6 +81,7 @@ struct workqueue_struct { struct work_struct *first; };
 #define EAGAIN 11
 #define ENOMEM 12
 #define ENOENT 2
+#define EOPNOTSUPP 95
 #define EINVAL 22
 #define EIO 5
 
@@ -143,9 +146,24 @@ u64 shim_xchg(volatile void *p, u64 value);
 u64 shim_cmpxchg(volatile void *p, u64 old, u64 value);
 u64 shim_fetch_and(volatile void *p, u64 mask);
 
-#define READ_ONCE(x) ({ shim_reads(&(x)); __atomic_load_n(&(x), __ATOMIC_ACQUIRE); })
+/* The fields of a vCPU that CPUs share are the machine's.  shim_vcpu_value() fetches the one at p, and returns the address of
+ * its value; shim_vcpu_cmpxchg() does, too, and then makes the exchange. */
+extern unsigned long shim_vcpus, shim_vcpus_bytes;
+const void *shim_vcpu_value(const volatile void *p);
+const void *shim_vcpu_cmpxchg(volatile void *p, u64 old, u64 value);
+static inline bool shim_is_vcpu(const volatile void *p) { return (unsigned long)p - shim_vcpus < shim_vcpus_bytes; }
+
+#define READ_ONCE(x) \
+	({ const volatile __typeof__(x) *shim_at = &(x); \
+	   if (shim_is_vcpu(shim_at)) \
+		   shim_at = shim_vcpu_value(shim_at); \
+	   else \
+		   shim_reads(shim_at); \
+	   __atomic_load_n(shim_at, __ATOMIC_ACQUIRE); })
 #define WRITE_ONCE(x, v) \
 	({ __typeof__(x) shim_v = (v); \
+	   if (shim_is_vcpu(&(x))) \
+		   shim_bug(__FILE__, __LINE__, "the shim has no plain store to a field of struct kvm_vcpu"); \
 	   if (sizeof(x) != 8) \
 		   shim_shared(&(x), true); \
 	   if (sizeof(x) != 8 || !shim_stores(&(x), (u64)shim_v)) \
@@ -158,7 +176,9 @@ u64 shim_fetch_and(volatile void *p, u64 mask);
 		   (shim_shared(shim_p, true), __atomic_exchange_n(shim_p, shim_new, __ATOMIC_SEQ_CST)); })
 #define cmpxchg(p, old, v) \
 	({ __typeof__(p) shim_p = (p); __typeof__(*shim_p) shim_o = (old), shim_new = (v); \
-	   if (sizeof(*shim_p) == 8) \
+	   if (shim_is_vcpu(shim_p)) \
+		   shim_o = *(__typeof__(shim_p))shim_vcpu_cmpxchg(shim_p, (u64)shim_o, (u64)shim_new); \
+	   else if (sizeof(*shim_p) == 8) \
 		   shim_o = (__typeof__(*shim_p))shim_cmpxchg(shim_p, (u64)shim_o, (u64)shim_new); \
 	   else { \
 		   shim_shared(shim_p, true); \
@@ -175,6 +195,8 @@ u64 shim_fetch_and(volatile void *p, u64 mask);
 #define smp_rmb() __atomic_thread_fence(__ATOMIC_ACQUIRE)
 #define smp_wmb() __atomic_thread_fence(__ATOMIC_RELEASE)
 #define smp_mb__after_srcu_read_unlock() barrier()
+#define smp_mb__before_atomic() barrier()
+#define smp_mb__after_atomic() barrier()
 void cpu_relax(void);
 
 static inline s64 atomic64_fetch_and(s64 mask, atomic64_t *v) { return (s64)shim_fetch_and(&v->counter, (u64)mask); }
@@ -189,6 +211,7 @@ static inline s64 atomic64_fetch_and(s64 mask, atomic64_t *v) { return (s64)shim
 #define atomic_long_read(v) shim_load(v)
 #define atomic_long_set(v, n) shim_set(v, n)
 #define atomic_read(v) shim_load(v)
+#define atomic_set(v, n) shim_set(v, n)
 #define atomic_inc(v) shim_add(v, 1)
 #define atomic_dec(v) shim_add(v, -1)
 
@@ -368,6 +391,49 @@ struct page *shim_page_of(unsigned long pfn);
 #define cpu_feature_enabled(feature) false
 #define static_cpu_has(feature) false
 #define cpu_has_bug(c, bug) false
+
+/* --- vCPUs, requests and interrupts to other CPUs ------------------------------------------------------------------ */
+void shim_set_bit(long bit, volatile void *p);
+bool shim_test_and_set_bit(long bit, volatile void *p);
+bool shim_test_and_clear_bit(long bit, volatile void *p);
+bool shim_test_bit(long bit, const volatile void *p);
+#define set_bit(bit, p) shim_set_bit(bit, p)
+#define clear_bit(bit, p) ((void)shim_test_and_clear_bit(bit, p))
+#define test_and_set_bit(bit, p) shim_test_and_set_bit(bit, p)
+#define test_and_clear_bit(bit, p) shim_test_and_clear_bit(bit, p)
+#define test_bit(bit, p) shim_test_bit(bit, p)
+/* vCPUs are created before the loop and freed behind it. */
+#define xa_for_each_range(xa, index, entry, first, last) \
+	for (index = (first); (long)index <= (long)(last) && ((entry) = (xa)->shim_entries[index], true); index++)
+#define xa_load(xa, index) ((xa)->shim_entries[index])
+int shim_this_cpu(void);
+struct cpumask *shim_kick_mask(void);
+void shim_cpumask_clear(struct cpumask *mask);
+bool shim_cpumask_empty(const struct cpumask *mask);
+bool shim_cpumask_change(unsigned int cpu, struct cpumask *mask, bool set);
+bool shim_cpumask_test(unsigned int cpu, const struct cpumask *mask);
+void shim_call_function_many(const struct cpumask *mask, void (*function)(void *argument), bool wait);
+int shim_flush_on_hyperv(void);
+int shim_flush_range_on_hyperv(u64 gfn, u64 npages);
+#define get_cpu() shim_this_cpu()
+#define put_cpu() ((void)0)
+#define smp_processor_id() shim_this_cpu()
+#define preempt_disable() ((void)0)
+#define preempt_enable() ((void)0)
+#define this_cpu_cpumask_var_ptr(name) shim_kick_mask()
+#define cpumask_clear(mask) shim_cpumask_clear(mask)
+#define cpumask_empty(mask) shim_cpumask_empty(mask)
+#define cpumask_set_cpu(cpu, mask) ((void)shim_cpumask_change(cpu, mask, true))
+#define __cpumask_set_cpu(cpu, mask) ((void)shim_cpumask_change(cpu, mask, true))
+#define cpumask_clear_cpu(cpu, mask) ((void)shim_cpumask_change(cpu, mask, false))
+#define __cpumask_clear_cpu(cpu, mask) ((void)shim_cpumask_change(cpu, mask, false))
+#define cpumask_test_cpu(cpu, mask) shim_cpumask_test(cpu, mask)
+#define smp_call_function_many(mask, function, argument, wait) \
+	((void)(argument), shim_call_function_many(mask, function, wait))
+/* The vendor's hooks: Hyper-V's, and none elsewhere. */
+#define kvm_arch_flush_remote_tlb(kvm) shim_flush_on_hyperv()
+#define kvm_arch_flush_remote_tlbs(kvm) shim_flush_on_hyperv()
+#define kvm_arch_flush_remote_tlbs_range(kvm, gfn, npages) shim_flush_range_on_hyperv(gfn, npages)
 
 /* --- work queues ------------------------------------------------------------------------------------------------ */
 bool queue_work(struct workqueue_struct *queue, struct work_struct *work);

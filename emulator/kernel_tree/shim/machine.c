@@ -44,7 +44,7 @@ void shim_begin(unsigned int cpu, enum operation kind)
 	here->entry_rcu = here->api.rcu_depth;
 	here->entry_lock = here->api.lock;
 	here->looked = here->unflushed = 0;
-	here->flushed_last = here->in_run = false;
+	here->flushed_last = here->in_run = here->flush_due = false;
 	here->last = NULL;
 	here->spin = NULL;
 	here->fresh_object = NULL;

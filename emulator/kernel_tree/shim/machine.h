@@ -1,9 +1,14 @@
 /* Functions by which Python runs a tree's TDP MMU on the machine's threads.  Plain declarations only: cffi reads this
  * file. */
-enum { CALL_FLUSH, CALL_FLUSH_RANGE, CALL_FLUSH_SLOT, CALL_DIRTY, CALL_MAX_LEVEL, CALL_SCHEDULE, CALL_YIELDED, CALL_WARN,
+enum { CALL_FLUSH_SLOT, CALL_DIRTY, CALL_MAX_LEVEL, CALL_SCHEDULE, CALL_YIELDED, CALL_WARN,
        CALL_POINT, CALL_STEP, CALL_MORE, CALL_SHARED, CALL_TABLE, CALL_SET_PFN, CALL_RECOVER, CALL_LOCK, CALL_UNLOCK,
        CALL_NEEDBREAK, CALL_RCU_LOCK, CALL_RCU_UNLOCK, CALL_RCU_LATER, CALL_RCU_BARRIER, CALL_ALLOC, CALL_FREE,
-       CALL_SPIN_LOCK, CALL_SPIN_UNLOCK, CALL_RELAX };
+       CALL_SPIN_LOCK, CALL_SPIN_UNLOCK, CALL_RELAX, CALL_FLUSH_DUE, CALL_FLUSH_RANGE_DUE, CALL_FLUSHED, CALL_VCPU,
+       CALL_EXITING, CALL_REQUEST, CALL_CHECK, CALL_TEST, CALL_KICK };
+/* The fields of a vCPU that are the machine's. */
+enum { FIELD_MODE, FIELD_REQUESTS, FIELD_CPU, FIELD_NONE };
+/* Words of a mask of pCPUs. */
+enum { MASK_WORDS = 16 };
 /* Points of an operation at which Python is called: none, the machine's ordering points, or every access to state that
  * other CPUs share, which begins a step of an explored execution. */
 enum { POINTS_NONE, POINTS_DELAYS, POINTS_STEPS };
@@ -23,7 +28,7 @@ enum { FAST_INVALID, FAST_SPURIOUS, FAST_FIXED, FAST_MADE_WRITABLE };
 struct tree_core {
 	void *machine;
 	unsigned char *memory;
-	unsigned int frames, cpus;
+	unsigned int frames, cpus, vcpus;
 	int (*spte_change)(void *m, unsigned int cpu, unsigned int vm, unsigned int table, unsigned int index,
 			   unsigned int level, unsigned long long gfn, unsigned int step, unsigned long long *old,
 			   unsigned long long value);
@@ -64,6 +69,8 @@ struct tree_cpu {
 	unsigned int changed; /* SPTEs that it has changed */
 	unsigned int frozen;  /* faults that met a frozen SPTE */
 	unsigned int table, index; /* the SPTE of CALL_STEP and CALL_MORE */
+	unsigned long long value; /* of the field of CALL_VCPU and CALL_EXITING */
+	unsigned long long kick_mask[MASK_WORDS]; /* pCPUs, for CALL_KICK */
 };
 
 /* A step of the tree's code that a report may list.  gfn and pages: those that an SPTE maps; for a table that
@@ -120,6 +127,13 @@ int tree_zap_leafs(unsigned int cpu, unsigned long long start, unsigned long lon
 int tree_unmap(unsigned int cpu, unsigned long long start, unsigned long long end, int may_block, int flush);
 int tree_age(unsigned int cpu, unsigned long long start, unsigned long long end);
 int tree_zap_all(unsigned int cpu);
+/* Say which vCPUs the VM has, by the machine's numbers.  No operation of the VM's may be running.  0, or an error. */
+int tree_set_vcpus(unsigned int vm, const unsigned int *numbers, unsigned int n);
+/* Return whether a pCPU was interrupted, or a negative error. */
+int tree_make_all_cpus_request(unsigned int cpu, unsigned int request);
+int tree_flush_remote_tlbs(unsigned int cpu);
+/* Return how often remote_tlb_flush has counted since the last call. */
+unsigned long long tree_take_flushes(unsigned int vm);
 int tree_invalidate_roots(unsigned int cpu);
 int tree_zap_invalidated_roots(unsigned int cpu, int shared);
 int tree_uninit(unsigned int cpu);

@@ -37,6 +37,8 @@ struct shim_cpu {
 	u64 pfn_set;                /* the pfn of kvm_set_pfn_dirty() since the last change of an SPTE; 0: none */
 	const void *entry;          /* the frame of the function that Python called */
 	bool in_run;                /* its last access was one to an SPTE that is not present */
+	bool flush_due;             /* kvm_flush_remote_tlbs() has begun, and no interrupt was sent yet */
+	u64 value;                  /* of the vCPU's field that was read last */
 	unsigned int told_table;    /* the table of that SPTE, and the bits that Python has been told of in this step */
 	u64 told_reads, told_writes;
 };
@@ -109,6 +111,14 @@ extern unsigned long shim_base;
 struct place glue_place(const void *sp, unsigned int index);
 /* Return a number that names a lock of the tree's, and is the same in every process. */
 u64 glue_name_of(const void *lock);
+/* Return the machine's number of the vCPU that has this field, and the field. */
+unsigned int glue_vcpu_at(const volatile void *p, unsigned int *field);
+/* Return whether this is one of the VM's statistics, which KVM counts without a lock. */
+bool glue_is_statistic(const volatile void *p);
+/* Return whether the exchange of these modes makes a vCPU leave guest mode. */
+bool glue_exits_guest(u64 old, u64 value);
+/* Return whether an interrupt with this function only makes the vCPU leave guest mode. */
+bool glue_is_kick(void (*function)(void *argument));
 /* Return whether the root above a table is invalid. */
 bool glue_root_invalid(const void *sp);
 bool glue_frozen(u64 spte);

@@ -27,6 +27,8 @@ static bool is_shared(const volatile void *p)
 {
 	unsigned int hfn;
 
+	if (glue_is_statistic(p))
+		return false;
 	return shim_in_frames(p, &hfn) || shim_is_object((const void *)p) || shim_is_kept((const void *)p);
 }
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MMU = "arch/x86/kvm/mmu"
+KVM_MAIN = "virt/kvm/kvm_main.c"
 # The parts of a tree that are read (emulator/kernel_tree/headers.py).
-PARTS = ("Makefile", "arch/x86/kvm", "arch/x86/include", "include")
+PARTS = ("Makefile", "arch/x86/kvm", "arch/x86/include", "include", "virt/kvm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,10 @@ class Bug:
     pattern: str
     replacement: str
     file: str = "tdp_mmu.c"
+
+    @property
+    def path(self) -> str:
+        return self.file if "/" in self.file else f"{MMU}/{self.file}"
 
 
 _RCU = r"call_rcu\(([^,]*), (\w+)\)"
@@ -42,6 +47,16 @@ BUGS = (
     Bug("the last SPTE is left", "tdp_mmu_zap_leafs", r"min\(end,", "min(end - 1,"),
 )
 
+
+_REQUEST = r"__kvm_make_request\(req, vcpu\);"
+_OUTSIDE = "kvm_vcpu_exiting_guest_mode(vcpu) != OUTSIDE_GUEST_MODE"
+# In the requests to all vCPUs, each with a litmus test that refutes it.
+KICKS = (
+    (Bug("kicks are not awaited", "kvm_kick_many_cpus", r"NULL, wait\)", "NULL, false)", KVM_MAIN),
+     "remote-two-vcpus"),
+    (Bug("a vCPU outside gets no request", "kvm_make_vcpu_request", _REQUEST,
+         f"if ({_OUTSIDE}) __kvm_make_request(req, vcpu);", KVM_MAIN), "fault-races-unmap"),
+)  # fmt: skip
 
 # Misdeeds, each in a function that every walk over tables calls.
 _WALK = r"trace_kvm_mmu_prepare_zap_page\(sp\);"
@@ -71,7 +86,7 @@ def copied(top: Path, to: Path) -> Path:
     """Copy the parts of a tree that are read; links stand for directories that nothing changes."""
     for part in PARTS:
         (to / part).parent.mkdir(parents=True, exist_ok=True)
-        if part == "arch/x86/kvm":
+        if part in ("arch/x86/kvm", "virt/kvm"):
             shutil.copytree(top / part, to / part)
         else:
             (to / part).symlink_to((top / part).resolve())
@@ -81,11 +96,11 @@ def copied(top: Path, to: Path) -> Path:
 def apply(bug: Bug, original: Path, tree: Path) -> bool:
     """Write the file with the bug into the copy, of which all else is as in the original; return False if the
     function has no such place."""
-    for name in ("tdp_mmu.c", "tdp_iter.c", "tdp_iter.h"):
-        shutil.copyfile(original / MMU / name, tree / MMU / name)
-    text = changed(bug, (original / MMU / bug.file).read_text())
+    for path in (*(f"{MMU}/{name}" for name in ("tdp_mmu.c", "tdp_iter.c", "tdp_iter.h")), KVM_MAIN):
+        shutil.copyfile(original / path, tree / path)
+    text = changed(bug, (original / bug.path).read_text())
     if text is not None:
-        (tree / MMU / bug.file).write_text(text)
+        (tree / bug.path).write_text(text)
     return text is not None
 
 

@@ -21,7 +21,7 @@ from emulator.kernel_tree.on_machine.explored_program import TreeProgram
 from emulator.litmus.loader import load_test
 from emulator.litmus.policies import named_policy
 from emulator.litmus.verdict import VIOLATIONS
-from tests.emulator.kernel_tree.bugs import BUGS, MISDEEDS, apply
+from tests.emulator.kernel_tree.bugs import BUGS, KICKS, MISDEEDS, Bug, apply
 
 # Tests of which the search ends, for the model and for the tree.
 ENDING = (
@@ -30,6 +30,11 @@ ENDING = (
     "remote-levels", "remote-smm", "return-page-migration", "return-zap", "root-recycled-elsewhere",
     "stale-dead-root", "zap-leafs-yield", "zap-root-order", "zap-yield-restart",
 )  # fmt: skip
+
+
+def story(verdict: dict[str, Any]) -> list[str]:
+    """Return the lines that name the tree's functions."""
+    return verdict["counterexample"]["violation"].get("tree", [])  # type: ignore[no-any-return]
 
 
 def explored(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -130,6 +135,22 @@ def test_a_bug_is_found(tree: Path, copy: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.stress
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(("bug", "test"), KICKS, ids=lambda one: getattr(one, "name", one))
+def test_a_bug_of_the_requests_is_found(
+    bug: Bug, test: str, tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert apply(bug, tree, copy)
+    status, found = explored(test, "--kernel", str(copy), "--executions", "300", capsys=capsys)
+    (one,) = found["explored"]
+    assert status == 1
+    assert {"use-after-free", "stale-after-revoke"} & set(one["violations"])
+    # The flush that came too late or to too few is told with its place.
+    assert any("kvm_flush_remote_tlbs() virt/kvm/kvm_main.c:" in line for line in story(one))
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("_soon_endless")
 @pytest.mark.parametrize("name", ["crashes", "uses what it has freed", "frees twice", "never ends", "warns"])
 def test_a_misdeed_is_a_failure(
     name: str, tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
@@ -167,9 +188,7 @@ def test_a_trace_draws_an_execution_of_the_tree(
 
 @pytest.mark.stress
 @pytest.mark.timeout(600)
-def test_a_trace_of_a_crash_is_its_stack(
-    tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trace_of_a_crash_is_its_stack(tree: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bug = next(bug for bug in MISDEEDS if bug.name == "crashes")
     assert apply(bug, tree, copy)
     assert main(["explore", "recover-yields", "--kernel", str(copy), "--trace"]) == 1

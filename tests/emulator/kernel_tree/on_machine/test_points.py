@@ -17,7 +17,7 @@ from emulator.policy import PRESETS
 
 @pytest.mark.parametrize(
     "policy",
-    ["linux-7.3", "linux-6.12", "linux-5.14", "lkml-2025-active-roots", "linux-6.12+kick_wait=no-wait"],
+    ["linux-7.3", "linux-6.12", "linux-5.14", "lkml-2025-active-roots", "linux-6.12+migration=none"],
 )
 def test_a_policy_about_the_rest(policy: str) -> None:
     check_policy_for_tree(named_policy(policy))
@@ -27,6 +27,7 @@ def test_a_policy_about_the_rest(policy: str) -> None:
     ("policy", "found"),
     [
         ("linux-6.12+zap_yield=no-flush", "zap_yield=no-flush"),
+        ("linux-6.12+kick_wait=no-wait", "kick_wait=no-wait"),
         ("map_replace=none", "map_replace=none"),
         ("lkml-2025-on-each-cpu", "root_alloc=on-each-cpu"),
         ("lkml-2021-batch-list", "zap=disconnected-list"),
