@@ -43,14 +43,15 @@ class Use(StrEnum):
     LOGGED = "logged"
 
 
-# The files of the shim.  The first is compiled in one unit with the tree's files, behind them; the others are
-# compiled on their own; then come the headers.
-_BEHIND: Final = {Use.COMPARED: "glue.c", Use.MACHINE: "calls.c", Use.LOGGED: "calls.c"}
+# The files of the shim: those that are compiled in one unit with the tree's files, behind them; those that
+# are compiled on their own; and the headers.
+_CALLS: Final = ("vms.c", "requests_calls.c", "faults.c", "zaps.c")
+_BEHIND: Final = {Use.COMPARED: ("glue.c",), Use.MACHINE: _CALLS, Use.LOGGED: _CALLS}
 _MACHINE = (
     "machine", "objects", "sptes", "sync", "kvm", "requests", "steps", "explored", "keep", "plain", "crash",
 )  # fmt: skip
 _ALONE: Final = {
-    Use.COMPARED: ("shim.c",),
+    Use.COMPARED: ("shim.c", "compared.c"),
     Use.MACHINE: tuple(f"{name}.c" for name in _MACHINE),
     Use.LOGGED: tuple(f"{name}.c" for name in _MACHINE),
 }
@@ -152,7 +153,7 @@ def _tree_files(top: Path, use: Use) -> dict[str, bytes]:
 
 
 def _shim_files(use: Use) -> tuple[str, ...]:
-    return (*_SHIM[use], _BEHIND[use], *_ALONE[use])
+    return (*_SHIM[use], *_BEHIND[use], *_ALONE[use])
 
 
 def _key(top: Path, files: dict[str, bytes], compiler: Compiler, use: Use) -> str:
@@ -222,7 +223,8 @@ class _Build:
         if self.use is not Use.COMPARED:
             self._cut()
             parts.append('#include "cut.c"')
-        (self.work / "unit.c").write_text("\n".join([*parts, f'#include "{_BEHIND[self.use]}"', ""]), "utf-8")
+        parts += [f'#include "{name}"' for name in _BEHIND[self.use]]
+        (self.work / "unit.c").write_text("\n".join([*parts, ""]), "utf-8")
         return Harvest(Headers(self.top, frozenset(f"{MMU}/{name}" for name in _HEADERS)))
 
     def _cut(self) -> None:

@@ -107,7 +107,7 @@ void shim_make_steps(void);
 /* The address at which the object is loaded. */
 extern unsigned long shim_base;
 
-/* In calls.c, where the tree's structures are known. */
+/* In the unit of the tree's files, where its structures are known. */
 struct place glue_place(const void *sp, unsigned int index);
 /* Return a number that names a lock of the tree's, and is the same in every process. */
 u64 glue_name_of(const void *lock);

@@ -1,4 +1,4 @@
-/* Shared by shim.c and glue.c. */
+/* Shared by shim.c, compared.c and glue.c. */
 #ifndef FLUSHLAB_SHIM_H
 #define FLUSHLAB_SHIM_H
 
@@ -22,6 +22,7 @@ extern struct shim shim;
 
 void shim_event(unsigned int kind, u64 a, u64 b, const char *text, int with_state);
 void shim_reset(void);
+void shim_reset_rcu(void);
 /* Whether this address is in a page table; *freed: in one that was freed. */
 bool shim_in_table(const volatile void *p, bool *freed);
 /* In glue.c, where the tree's structures are known: the first gfn that an SPTE maps; record the SPTEs of now. */

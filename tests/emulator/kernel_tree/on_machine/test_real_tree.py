@@ -91,6 +91,10 @@ def test_a_misdeed_is_reported(
     assert outcome["verdict"] == "failed"
     for text in said:
         assert text in outcome["failure"]
+    if name == "crashes":
+        lines = (copy / MMU / "tdp_mmu.c").read_text().splitlines()
+        number = next(n for n, line in enumerate(lines, 1) if bug.replacement in line)
+        assert f"tdp_mmu.c:{number}\n" in outcome["failure"]
     assert status == 1
 
 
