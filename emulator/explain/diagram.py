@@ -6,6 +6,7 @@ The course of an execution has its steps' numbers on the left, and narrower colu
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 
 from emulator.explain.explanation import Explanation, Row
 
@@ -50,7 +51,17 @@ class _Layout:
     def __init__(self, explanation: Explanation, width: int, times: bool) -> None:
         self.explanation, self.width = explanation, width
         self.left = 12 if times else 0
-        self.column = max(_LEAST, (width - self.left) // max(len(explanation.columns), 1))
+        share = (width - self.left) // max(len(explanation.columns), 1)
+        self.column = max(_LEAST, min([share, *self._whole_words()]))
+
+    def _whole_words(self) -> Iterator[int]:
+        """Yield for each column the width of those before it that leaves room for its longest word."""
+        for row in self.explanation.rows:
+            before = self.explanation.columns.index(row.cpu)
+            for i, text in enumerate(row.lines):
+                longest = max(map(len, text.split()), default=0) + (2 if i else 0)
+                if before:
+                    yield (self.width - self.left - longest) // before
 
     def header(self, underline: str = "") -> str:
         line = " " * self.left

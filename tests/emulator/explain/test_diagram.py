@@ -108,6 +108,15 @@ def test_times_are_a_column() -> None:
     assert max(map(len, lines)) <= WIDTH
 
 
+@pytest.mark.parametrize("width", [None, 68, 80])
+def test_with_times_all_words_are_whole(width: int | None) -> None:
+    words = set(diagram(mask(), width=400).split())
+    assert "invalidate_range_start()" in words
+    narrow = diagram(mask(), width=width, times=True)
+    assert {word for word in narrow.split() if not word.endswith("us")} <= words
+    assert max(map(len, narrow.splitlines())) <= (width or WIDTH)
+
+
 def test_without_times_there_is_no_such_column() -> None:
     race = flushed_mask()
     explanation = explained(race, "p", timed=False)
