@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+import metrics
 from metrics import MachineCollector
 from metrics.collector import MAX_VMS, _flush_families, _vm_families
 from native import COUNTER_NAMES, EXIT_REASONS, HISTOGRAM_NAMES, VIOLATION_KINDS, VM_STAT_NAMES, lib
@@ -88,6 +90,32 @@ def test_histogram_in_seconds(bare_machine: BareMachine, collector: MachineColle
     assert value(text, 'flushlab_ipi_wait_seconds_bucket{le="2.56e-07"}') == 0
     assert value(text, 'flushlab_ipi_wait_seconds_bucket{le="1.024e-06"}') == 1
     assert value(text, 'flushlab_ipi_wait_seconds_bucket{le="+Inf"}') == 2
+
+
+@pytest.mark.parametrize("nanoseconds", [300, 1500, 18_000, 40_000, 64_000, 2_000_000, 150_000_000])
+def test_a_quantile_is_wrong_by_less_than_two(
+    nanoseconds: int, bare_machine: BareMachine, collector: MachineCollector
+) -> None:
+    for _ in range(100):
+        lib.histogram_record(bare_machine.pointer, CPU0, lib.HISTOGRAM_VCPU_PAUSE, nanoseconds)
+    counts = {
+        float(sample.labels["le"]): sample.value
+        for family in text_string_to_metric_families(scrape(collector))
+        for sample in family.samples
+        if sample.name == "flushlab_vcpu_pause_seconds_bucket"
+    }
+    above = min(bound for bound, n in counts.items() if n)
+    below = max(bound for bound, n in counts.items() if not n)
+    # histogram_quantile() interpolates between the bounds.
+    assert below <= nanoseconds / 1e9 <= above <= 2 * below
+
+
+def test_alerts_compare_quantiles_with_bounds_of_buckets() -> None:
+    rules = Path(metrics.__file__).with_name("rules").joinpath("flushlab.yml").read_text()
+    found = re.findall(r"histogram_quantile\([^\n]*> ([\d.]+)", rules)
+    assert found
+    # Between two bounds, samples below the threshold could exceed it by interpolation.
+    assert {float(text) for text in found} <= {2**exponent / 1e9 for exponent in range(8, 31)}
 
 
 def test_buckets_never_decrease(bare_machine: BareMachine, collector: MachineCollector) -> None:
@@ -181,10 +209,10 @@ def test_vms_beyond_the_first_share_a_series() -> None:
 
 
 def test_default_series_stay_below_a_page(collector: MachineCollector) -> None:
-    # Thirteen buckets, +Inf, sum and count for each histogram; six statistics of nested guests and two series
+    # 23 buckets, +Inf, sum and count for each histogram; six statistics of nested guests and two series
     # by level for each of two counters; the rest are plain series.
     lines = [line for line in scrape(collector).splitlines() if not line.startswith("#")]
-    assert len(lines) <= 53 + 10 + len(VIOLATION_KINDS) + 16 * len(HISTOGRAM_NAMES)
+    assert len(lines) <= 53 + 10 + len(VIOLATION_KINDS) + 27 * len(HISTOGRAM_NAMES)
 
 
 @pytest.mark.stress
