@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.console import Console
 from emulator.cli.options import refuse
 from emulator.errors import BadInput, one_of, shown
 from emulator.output import saying
+
+if TYPE_CHECKING:
+    from emulator.hosttrace.builder import Builder
 
 IMPORT_HELP = (
     "Read a trace of a real host's KVM: its flushes, their causes, the guests that they interrupt, and the"
@@ -34,6 +37,7 @@ IMPORT_EXAMPLES = """\
   trace-cmd report | flushlab import -
 """
 _EXPECTED = "lines such as 'qemu-8397 [002] d..1. 1404.389366: kvm_exit: vcpu 1 reason HLT'"
+_ONCE = "second reading, which tells VMs apart by their struct kvm: standard input is read once"
 # Lines between two looks at the progress.
 _STEP = 100_000
 
@@ -135,6 +139,7 @@ def _import(
             observed.add(event)
             if builder is not None:
                 builder.add(event)
+    builder = _read_again(file, builder)
     name = "standard input" if file == "-" else file
     if not reading.events:
         found = reading.first_other[0] if reading.first_other else "an empty file"
@@ -154,6 +159,25 @@ def _import(
                 print(f"Memslot of {slot}.")
             if any(slot.ranges for slot in slots):
                 print(*wrapped(RULE), sep="\n")
+
+
+def _read_again(file: str, builder: Builder | None) -> Builder | None:
+    """Return the builder after a second reading, which a trace of several VMs needs to tell them apart."""
+    from emulator.hosttrace.lines import Reading, events
+    from emulator.hosttrace.source import opened
+
+    second = None if builder is None else builder.again()
+    if builder is None or second is None:
+        return builder
+    if file == "-":
+        builder.left_out[
+            _ONCE
+        ] += 1
+        return builder
+    with opened(file) as lines:
+        for event in events(_counted(lines), Reading()):
+            second.add(event)
+    return second
 
 
 def _counted(lines: Iterable[str]) -> Iterator[str]:

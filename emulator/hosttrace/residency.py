@@ -54,6 +54,12 @@ class Residency:
         self._changes[task] = _Change(step, mine & self._staying, mine & self._kicked)
         self._put(len(self._steps), step, tasks, self._now)
 
+    def moved(self, task: int, tasks: dict[int, int]) -> None:
+        """Note that the task's last change was one of the VM that has these tasks."""
+        mine = frozenset(tasks.values())
+        step = self._changes[task].step
+        self._changes[task] = _Change(step, mine & self._staying, mine & self._kicked)
+
     def flush(self, task: int, vm: int, tasks: dict[int, int]) -> None:
         """Let those stay that are in guest mode at the flush of the task's last event.
 

@@ -50,10 +50,13 @@ VERBS: Final[dict[str, tuple[int, bool]]] = {
     "cr4": (1, True),  # the bits that change
     "smi": (0, True),
     "rsm": (0, True),
+    "vmrun": (0, True),  # the vCPU runs a nested guest from now on (SVM)
+    "vmexit": (0, True),  # it runs L1 again
     "huge": (1, False),  # first page of a block that the host backs by a huge page
     "unmap": (2, False),  # pages from START to END, which is not included
     "log": (0, False),
     "zap-all": (0, False),
+    "recover": (2, False),  # blocks from START to END, which KVM zaps to map them by huge pages again
 }
 
 
@@ -66,9 +69,10 @@ class Workload:
     """The events of a recording, and the machine and the VMs that they are about.
 
     `vms` has the number of vCPUs of each VM, `pages` the size of its memory, `mapped` the pages that were
-    mapped when the recording began; `new` the vCPUs that had not run by then, by VM and number; `recorded`
-    KVM's own counts as far as the trace shows them, `left_out` the events that are not in the workload, and
-    `memslots` those given or inferred, with the pages' numbers on the host.
+    mapped when the recording began, `huge` the first pages of blocks that a huge page backed then, and `new`
+    the vCPUs that had not run by then, by VM and number.  CR4.PGE is clear in those of `without_pge`.
+    `recorded` has KVM's own counts as far as the trace shows them, `left_out` the events that are not in the
+    workload, and `memslots` those given or inferred, with the pages' numbers on the host.
     """
 
     source: str
@@ -78,6 +82,8 @@ class Workload:
     mapped: list[list[int]]
     steps: list[Step]
     new: list[tuple[int, int]] = field(default_factory=list)
+    huge: list[tuple[int, int]] = field(default_factory=list)
+    without_pge: list[tuple[int, int]] = field(default_factory=list)
     recorded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     memslots: list[Memslot] = field(default_factory=list)

@@ -1,11 +1,13 @@
 """The file of a workload: text with a head, and then a line for each event.
 
-    flushlab-workload 2
+    flushlab-workload 3
     source kvm.trace
     pcpus 3
     vm 0 vcpus 2 pages 1024
     mapped 0 0x0 0x100
+    huge 0 0x200
     new 0.1
+    without-pge 0.0
     memslot 0 0x100000 0x80000 0x7f589c000000 3
     recorded remote_tlb_flush_requests 16
     left-out 12 zapped SPTEs outside of a notifier's range
@@ -17,8 +19,11 @@ An event's line has the microseconds since the recording began, a verb, the VM o
 `enter` CPU; `stay` CPU, for a vCPU that stays in guest mode from now on, and `leave`, which ends that;
 `resume`, which brings the vCPUs into guest mode again that kicks have made leave it; `read` and `write` PAGE;
 `huge` PAGE, which the host backs by a huge page from now on; `unmap` START END; `cr4` BITS, which the guest
-changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it later; `zap-all`.
-`mapped` has pages that were mapped when the recording began, and `new` a vCPU that had not run by then.
+changes in CR4; `smi`, `rsm`; `log`, which arms the dirty log the first time, and reads it later; `zap-all`;
+`recover` START END, blocks that KVM zaps so that huge pages can map them again; `vmrun`, by which a vCPU runs
+a nested guest on SVM, and `vmexit`, by which it runs L1 again.
+`mapped` has pages that were mapped when the recording began, `huge` in the head a block that a huge page
+backed then, `new` a vCPU that had not run by then, and `without-pge` a vCPU whose guest has CR4.PGE clear.
 `memslot` VM GFN PAGES HVA RANGES tells the rule by which addresses became pages, for readers: the pages are
 numbered as on the host, and RANGES is the number of ranges that it was inferred from, 0 if it was given.
 Lines that begin with # are comments.
@@ -38,9 +43,9 @@ from emulator.kvm.kvm_host import KVM_MMU_CR4_ROLE_BITS
 from emulator.validation import read_text
 
 MAGIC: Final = "flushlab-workload"
-VERSION: Final = 2
-# Version 1 lacks `stay`, `leave`, `resume` and `memslot`.
-_READ: Final = ([MAGIC, "1"], [MAGIC, str(VERSION)])
+VERSION: Final = 3
+# Version 1 lacks `stay`, `leave`, `resume` and `memslot`, version 2 `recover` and `without-pge`.
+_READ: Final = ([MAGIC, "1"], [MAGIC, "2"], [MAGIC, str(VERSION)])
 _MOST: Final = 1 << 30
 # The most pCPUs that an emulated machine can have.
 MOST_PCPUS: Final = 1024
@@ -62,8 +67,12 @@ def _lines(workload: Workload) -> Iterator[str]:
     for vm, mapped in enumerate(workload.mapped):
         for start, end in _ranges(mapped):
             yield f"mapped {vm} {start:#x} {end:#x}"
+    for vm, page in workload.huge:
+        yield f"huge {vm} {page:#x}"
     for vm, vcpu in workload.new:
         yield f"new {vm}.{vcpu}"
+    for vm, vcpu in workload.without_pge:
+        yield f"without-pge {vm}.{vcpu}"
     for slot in workload.memslots:
         yield f"memslot {slot.vm} {slot.gfn:#x} {slot.pages:#x} {slot.hva:#x} {slot.ranges}"
     for name, count in workload.recorded.items():
@@ -157,8 +166,13 @@ def _head(words: list[str], workload: Workload) -> None:
             vm = _vm(number, workload)
             first = _number(start, 0, workload.pages[vm] - 1, "START")
             workload.mapped[vm].extend(range(first, _number(end, first + 1, workload.pages[vm], "END")))
+        case ["huge", number, page]:
+            vm = _vm(number, workload)
+            workload.huge.append((vm, _block(_number(page, 0, workload.pages[vm] - 1, "PAGE"))))
         case ["new", vcpu]:
             workload.new.append(_vcpu(vcpu, workload))
+        case ["without-pge", vcpu]:
+            workload.without_pge.append(_vcpu(vcpu, workload))
         case ["memslot", number, gfn, pages, hva, ranges]:
             values = [_number(text, 0, (1 << 64) - 1, "memslot") for text in (gfn, pages, hva, ranges)]
             workload.memslots.append(Memslot(_vm(number, workload), *values))
@@ -168,8 +182,15 @@ def _head(words: list[str], workload: Workload) -> None:
             workload.left_out[" ".join(reason)] = _number(count, 0, 1 << 62, "the count")
         case _:
             raise _Unexpected(
-                "source, pcpus, vm, mapped, new, memslot, recorded, left-out, or an event's microseconds"
+                "source, pcpus, vm, mapped, huge, new, without-pge, memslot, recorded, left-out,"
+                " or an event's microseconds"
             )
+
+
+def _block(page: int) -> int:
+    if page % BLOCK:
+        raise _Unexpected(f"a PAGE that is a multiple of {BLOCK:#x}")
+    return page
 
 
 def _vm(text: str, workload: Workload) -> int:
@@ -202,8 +223,8 @@ def _step(words: list[str], workload: Workload) -> Step:
         step.start = _number(words[3], 0, most - 1, name)
     if verb == "cr4" and step.start & ~KVM_MMU_CR4_ROLE_BITS:
         raise _Unexpected(f"BITS of {KVM_MMU_CR4_ROLE_BITS:#x}, which are part of a role")
-    if verb == "huge" and step.start % BLOCK:
-        raise _Unexpected(f"a PAGE that is a multiple of {BLOCK:#x}")
+    if verb == "huge":
+        _block(step.start)
     if number == 2:
         step.end = _number(words[4], step.start + 1, workload.pages[vm], "END")
     if workload.steps and step.microseconds < workload.steps[-1].microseconds:

@@ -18,8 +18,14 @@ from emulator.actors.task import VcpuTask
 from emulator.errors import BadInput
 from emulator.host.memory import UserMemory
 from emulator.hosttrace.workload import PLACING, Step, Workload
-from emulator.kvm.kvm_host import KVM_MEM_LOG_DIRTY_PAGES, ExitToUser
-from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast
+from emulator.kvm.kvm_host import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_REQ_TLB_FLUSH_CURRENT,
+    X86_CR4_PGE,
+    ExitToUser,
+)
+from emulator.kvm.mmu.mmu import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
+from emulator.kvm.mmu.roots import kvm_init_mmu, kvm_mmu_new_pgd
 from emulator.kvm.regs import kvm_set_cr4
 from emulator.kvm.reset import power_on
 from emulator.kvm.smm import emulator_leave_smm, kvm_inject_smi
@@ -32,6 +38,7 @@ from emulator.kvm.virt.kvm_main import (
     kvm_vm_ioctl_create_vcpu,
     kvm_vm_ioctl_get_dirty_log,
 )
+from emulator.kvm.virt.requests import kvm_make_request
 from emulator.kvm.x86_ops import KvmX86Ops
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy import Policy
@@ -42,7 +49,7 @@ from native.types import FlushReason, Gfn, Hva
 
 _SLOT: Final = 0
 # After one of these events, tables may wait for a grace period.
-_FREEING: Final = frozenset({"unmap", "zap-all", "log"})
+_FREEING: Final = frozenset({"unmap", "zap-all", "log", "recover"})
 # Turns without an instruction after which a guest is taken to be stuck.
 _TURNS: Final = 200
 _SPARE_FRAMES: Final = 64
@@ -74,7 +81,8 @@ class Replay:
         self.flush_current_calls = 0
         self._residents = Residents()
         frames = sum(workload.pages) + _SPARE_FRAMES
-        blocks = len({(step.vm, step.start) for step in workload.steps if step.verb == "huge"})
+        huge = {(step.vm, step.start) for step in workload.steps if step.verb == "huge"}
+        blocks = len(huge.union(workload.huge))
         vcpus = sum(workload.vms)
         self.machine = Machine(
             {
@@ -177,7 +185,8 @@ class Replay:
         """Make the VM as it was when the recording began: its vCPUs have run, its pages are mapped."""
         pages = self.workload.pages[vm]
         # With a tick at each exit, an interrupted vCPU is scheduled out until the recording has it enter.
-        params = KvmParams(fault_around=1, slice_accesses=1 << 30, exits_per_tick=1)
+        # Zaps do not yield: where the recording's did, it has a step for each part.
+        params = KvmParams(fault_around=1, slice_accesses=1 << 30, exits_per_tick=1, resched_chunks=0)
         kvm = kvm_create_vm(self.main, pages, self.policy, params)
         kvm.mm = UserMemory(kvm)
         kvm.x86_ops = cast("KvmX86Ops", _Counting(self, kvm.x86_ops))
@@ -186,12 +195,18 @@ class Replay:
         for as_id in range(2 if any(step.verb == "smi" for step in steps) else 1):
             kvm_set_memory_region(self.main, kvm, _SLOT, Gfn(0), pages, Hva(0), as_id=as_id)
         self.vcpus.append([self._vcpu(kvm, pages) for _ in range(self.workload.vms[vm])])
+        for owner, number in self.workload.without_pge:
+            if owner == vm:
+                self.vcpus[vm][number].task.vcpu.arch.cr4 &= ~X86_CR4_PGE
         new = set(self.workload.new)
         first = {step.vcpu: step.start for step in reversed(steps) if step.verb in PLACING}
         for number, vcpu in enumerate(self.vcpus[vm]):
             vcpu.pcpu = first.get(number, 0)
             if (vm, number) not in new:
                 self._execute(vcpu)
+        for owner, block in self.workload.huge:
+            if owner == vm:
+                self._back_by_huge_page(kvm, block)
         for page in self.workload.mapped[vm]:
             self._execute(self.vcpus[vm][0], "WRITE", page)
 
@@ -292,8 +307,38 @@ class Replay:
         emulator_leave_smm(cpu, vcpu.task.vcpu)
         self._leave(vcpu, cpu)
 
+    def vmrun(self, step: Step) -> None:
+        self._switch_guest(self._at(step), nested=True)
+
+    def vmexit(self, step: Step) -> None:
+        self._switch_guest(self._at(step), nested=False)
+
+    def _switch_guest(self, vcpu: Vcpu, nested: bool) -> None:
+        """nested_svm_transition_tlb_flush() and nested_svm_load_cr3(): flush, and take the guest's own root.
+
+        The machine has VMX, so only the role tells that the vCPU runs a nested guest.  Its root is a direct
+        one, and needs no KVM_REQ_MMU_SYNC.
+        """
+        cpu, kvm_vcpu = self.machine.cpus[vcpu.pcpu], vcpu.task.vcpu
+        self._enter(vcpu, cpu)
+        kvm_vcpu.flush_current_reason = lib.REASON_GUEST
+        kvm_make_request(cpu, kvm_vcpu, KVM_REQ_TLB_FLUSH_CURRENT)
+        kvm_vcpu.arch.guest_mode = nested
+        kvm_init_mmu(kvm_vcpu)
+        kvm_vcpu.arch.guest_mode = False
+        kvm_mmu_new_pgd(cpu, kvm_vcpu, kvm_vcpu.arch.cr3)
+        self._leave(vcpu, cpu)
+        self._execute(vcpu)
+
     def huge(self, step: Step) -> None:
-        self._memory(step).collapse(self.main, Hva(step.start))
+        self._back_by_huge_page(self.kvms[step.vm], step.start)
+
+    def _back_by_huge_page(self, kvm: Kvm, block: int) -> None:
+        """Let the host touch a page of the block, and collapse it: KVM flushes if it maps a page of it."""
+        page = ffi.new("struct mm_page *")
+        self.main.check(lib.mm_fault(self.main.m, self.main.id, kvm.id, Hva(block), True, page))
+        memory: Any = kvm.mm
+        memory.collapse(self.main, Hva(block))
 
     def unmap(self, step: Step) -> None:
         self._memory(step).discard(self.main, Hva(step.start), Hva(step.end))
@@ -314,6 +359,10 @@ class Replay:
         kvm = self.kvms[step.vm]
         with kvm.slots_lock.held(self.main):
             kvm_mmu_zap_all_fast(self.main, kvm)
+
+    def recover(self, step: Step) -> None:
+        """kvm_recover_nx_huge_pages(), which zaps tables: here all SPTEs of their blocks, with one flush."""
+        kvm_zap_gfn_range(self.main, self.kvms[step.vm], Gfn(step.start), Gfn(step.end))
 
 
 class _Counting:
@@ -343,8 +392,11 @@ _DO: Final[dict[str, Callable[[Replay, Step], None]]] = {
     "cr4": Replay.cr4,
     "smi": Replay.smi,
     "rsm": Replay.rsm,
+    "vmrun": Replay.vmrun,
+    "vmexit": Replay.vmexit,
     "huge": Replay.huge,
     "unmap": Replay.unmap,
     "log": Replay.log,
     "zap-all": Replay.zap_all,
+    "recover": Replay.recover,
 }

@@ -25,6 +25,7 @@ _BUT_MOVES: Final = "flush_all_but_moves"
 # Rows that a recording without them does not have.
 _IF_RECORDED: Final = frozenset({_BUT_MOVES, "vmcs_clear_ipis"})
 _COUNTED_HERE: Final = frozenset({_BUT_MOVES, "flush_current", "kick_ipis", "vmcs_clear_ipis"})
+WITH_PGE: Final = "CR4.PGE is taken to be set: the recording does not show which flush RSM asked for."
 RULES: Final = (
     "A replay has the recording's page faults and no other access: it counts flushes, and judges no use.",
     "A kick interrupts the vCPUs that were in guest mode, if the recording shows exits; else none.",
@@ -163,4 +164,6 @@ def table(workload: Workload, found: Sequence[Replayed], width: int, speed: floa
         rows.add_row(f"  {item.replace('_', ' ')}", "", *(_beside_first(found, item)))
     notes = [f"Not replayed: {count:,} {reason}." for reason, count in workload.left_out.items()]
     notes += memslot_notes(workload)
+    if any(step.verb == "rsm" for step in workload.steps) and "flush_current" not in workload.recorded:
+        notes.append(WITH_PGE)
     return Group(head, *legend, Text(), rows, Text(), *(Text(note, style="dim") for note in (*notes, *RULES)))

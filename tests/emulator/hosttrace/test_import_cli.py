@@ -11,6 +11,7 @@ import pytest
 
 from emulator.cli.main import main
 from emulator.hosttrace.cost_recipe import FUNCTIONS
+from emulator.hosttrace.workload_file import read_workload
 from emulator.scenario.costs import load_costs
 from tests.emulator.hosttrace.made_up import Line, entry, kick, leave, probe, unmap
 
@@ -44,6 +45,24 @@ def test_the_document_has_the_sums(trace: Path, capsys: pytest.CaptureFixture[st
     assert document["causes"]["notifier: unmap"]["in_guest"] == 1
     assert document["vcpus"][0]["vectors"] == {"0xfc": 1}
     assert document["unread"] == {"brand_new_event": 1}
+
+
+@pytest.mark.parametrize(("from_file", "vms"), [(True, [1]), (False, [0])])
+def test_a_file_is_read_twice_if_it_shows_several_vms(
+    from_file: bool, vms: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [entry(7, 1, 0), entry(8, 2, 1)]
+    lines += [Line("qemu", 900, 0, 2, "kvm_mmu_zap_all_fast", "kvm-mmu-valid-gen 0")]
+    lines += [probe(900, 0, 3, "kvm_make_all_cpus_request", " kvm=0xb req=0x327")]
+    lines += [probe(task, 1, 4, "kvm_mmu_free_roots", f" kvm=0x{kvm}") for task, kvm in ((7, "a"), (8, "b"))]
+    trace, workload = tmp_path / "kvm.trace", tmp_path / "kvm.workload"
+    trace.write_text("".join(line.ftrace() for line in lines))
+    with trace.open() as text:
+        monkeypatch.setattr("sys.stdin", text)
+        assert main(["import", str(trace) if from_file else "-", "--workload", str(workload)]) == 0
+    found = read_workload(workload)
+    assert [step.vm for step in found.steps if step.verb == "zap-all"] == vms
+    assert any("read once" in reason for reason in found.left_out) is not from_file
 
 
 def test_lost_events_and_strange_lines_are_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,74 @@ def test_smis_load_roots_and_a_recording_may_begin_in_smm() -> None:
     assert found == [(0, 0), (2, 4)]
 
 
+@pytest.mark.slow
+def test_rsm_flushes_the_current_context_if_cr4_pge_is_clear() -> None:
+    steps = [Step(i, verb, 0, 0, 0) for i, verb in enumerate(("enter", "smi", "rsm", "enter"))]
+    found = []
+    for clear in ([], [(0, 0)]):
+        loaded = spelled_policy("linux-6.12")
+        workload = Workload("smm", 1, [1], [BLOCK], [[]], steps, without_pge=clear)
+        with loaded.confined(), Replay(workload, loaded) as replay:
+            assert replay.run() is not None
+        found.append(replay.flush_current_calls)
+    assert found == [2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", [True, False])
+def test_an_assumption_about_rsm_is_told(
+    shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "smm.workload"
+    steps = [Step(i, verb, 0, 0, 0) for i, verb in enumerate(("enter", "smi", "rsm", "enter"))]
+    workload = Workload("smm", 1, [1], [BLOCK], [[]], steps, recorded={"flush_current": 2} if shown else {})
+    path.write_text(text_of(workload))
+    assert main(["replay", str(path)]) == 0
+    assert ("CR4.PGE is taken to be set" in capsys.readouterr().out) is not shown
+
+
+@pytest.mark.slow
+def test_vmrun_and_its_exit_flush_and_a_nested_guest_has_a_root_of_its_own() -> None:
+    verbs = ("enter", *("vmrun", "vmexit") * 3)
+    steps = [Step(i, verb, 0, 0, 0) for i, verb in enumerate(verbs)]
+    loaded = spelled_policy("linux-6.12")
+    with loaded.confined(), Replay(Workload("svm", 1, [1], [BLOCK], [[]], steps), loaded) as replay:
+        snapshot = replay.run()
+    assert snapshot is not None
+    # Three entries, three exits, and the load of the nested guest's root, which is cached from then on.
+    assert (snapshot.kvm("mmu_load"), replay.flush_current_calls) == (1, 7)
+
+
+@pytest.mark.slow
+def test_huge_pages_flush_where_a_table_is_replaced_or_zapped() -> None:
+    def requests(*events: tuple[str, int], huge: bool = False) -> int:
+        steps = [Step(0, "enter", 0, 0, 0)]
+        for verb, page in events:
+            vcpu = 0 if verb == "write" else -1
+            end = page + BLOCK if verb in ("unmap", "recover") else -1
+            steps.append(Step(0, verb, 0, vcpu, page, end))
+        before = [(0, 0)] if huge else []
+        workload = Workload("huge", 1, [1], [2 * BLOCK], [[]], steps, huge=before)
+        return replayed(workload).kvm("remote_tlb_flush_requests")
+
+    assert requests(("huge", 0), ("write", 5)) == 0
+    # The collapse zaps a 4K page; with the page gone before, the table that is left is replaced.
+    assert requests(("write", 5), ("huge", 0)) == 1
+    assert requests(("write", 5), ("unmap", 0), ("huge", 0), ("write", 5)) == 2
+    assert requests(("write", 5), ("huge", 0), ("write", 5), huge=True) == 0
+    # Recovery makes one flush for all blocks, and none for blocks that are not mapped.
+    assert requests(("write", 5), ("recover", 0)) == 1
+    assert requests(("write", 5), ("recover", BLOCK)) == 0
+
+
+@pytest.mark.slow
+def test_a_zap_of_a_whole_block_does_not_yield() -> None:
+    mapped = [list(range(2 * BLOCK))]
+    steps = [Step(0, "enter", 0, 0, 0), Step(1, "unmap", 0, -1, 0, 2 * BLOCK)]
+    snapshot = replayed(Workload("zap", 1, [1], [2 * BLOCK], mapped, steps))
+    assert snapshot.kvm("remote_tlb_flush_requests") == 1
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kvm.workload"
     assert main(["replay", str(path)]) == 2
