@@ -52,6 +52,8 @@ _STYLE: dict[Any, Any] = {
     "savefig.facecolor": "none",
 }
 
+# As many as fit beside each other if each is a reason for a flush.
+_LEGEND_COLUMNS = 4
 _PER_MILLION = "per million guest accesses"
 
 # Groups of the cost lines of flushing, in the order in which they are stacked.
@@ -204,7 +206,7 @@ def _wall(comparison: Comparison) -> Plot:
         axes.grid(visible=True, axis="x")
 
     note = "guest accesses per second on this machine, a point per run; other load on it shows here only"
-    return Plot("Speed of the emulation", note, drawn(draw, _height(len(columns), legend=False)))
+    return Plot("Speed of the emulation", note, drawn(draw, _height(len(columns), legend=0)))
 
 
 # --- how they are drawn -------------------------------------------------------------------------------------
@@ -254,13 +256,16 @@ def _stacked(
         axes.set_xlabel(unit)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x) if x else "0"))
         axes.grid(visible=True, axis="x")
-        if legend and (len(parts) > 1 or marks):
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(5, len(parts) + bool(marks)), fontsize=9,
+        if entries:
+            # The figure's legend, not the axes': it may stand above the policies' names, too.
+            assert isinstance(axes.figure, Figure)
+            axes.figure.legend(
+                loc="outside upper left", ncols=min(_LEGEND_COLUMNS, entries), fontsize=9,
                 borderaxespad=0.2, handlelength=1.1, columnspacing=1.2,
             )  # fmt: skip
 
-    return drawn(draw, _height(len(stacks), legend=legend and len(parts) > 1))
+    entries = len(parts) + bool(marks) if legend and (len(parts) > 1 or marks) else 0
+    return drawn(draw, _height(len(stacks), legend=-(-entries // _LEGEND_COLUMNS)))
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:
@@ -268,8 +273,9 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.45, -0.55)
 
 
-def _height(bars: int, *, legend: bool) -> float:
-    return 0.95 + 0.42 * bars + (0.35 if legend else 0)
+def _height(bars: int, *, legend: int) -> float:
+    """Return the height in inches of a picture with so many bars, and rows of the legend."""
+    return 0.95 + 0.42 * bars + (0.15 + 0.2 * legend if legend else 0)
 
 
 def drawn(draw: Callable[[Axes], None], height: float) -> str:

@@ -8,16 +8,20 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from emulator.compare import plots
 from emulator.compare.bound import NAME
 from emulator.compare.document import comparison_document
 from emulator.compare.measure import Measurement
 from emulator.compare.runner import Comparison
 from emulator.compare.table import comparison_table
 from emulator.scenario.workload import Activity
+from native import FLUSH_REASONS
 from tests.emulator.compare.figures import comparison
 
 
@@ -156,6 +160,30 @@ def test_bars_have_units_and_the_spread_of_the_runs(tmp_path: Path) -> None:
     runs = {**whole.measurements, "linux-7.3": [two[0], replace(two[1], values=values)]}
     spread = page(Comparison(whole.plan, runs), tmp_path)
     assert spread.count('<g id="line2d_') > text.count('<g id="line2d_')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2, 5, len(FLUSH_REASONS)])
+def test_legends_lie_in_their_pictures(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Figure] = []
+
+    class Kept(Figure):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            made.append(self)
+
+    monkeypatch.setattr(plots, "Figure", Kept)
+    names = [reason.replace("_", " ") for reason in FLUSH_REASONS[:parts]]
+    policies = ("lkml-2025-cpu-flushed-mask+migration=none", "root-tlb-gen")
+    stacks = {policy: dict.fromkeys(names, 1.0) for policy in policies}
+    plots._stacked(stacks, "cycles", {}, marks=dict.fromkeys(policies, 1.0))
+    (figure,) = made
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == parts + 1
+    whole, box, bars = figure.bbox, legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert bars.y1 <= box.y0 < box.y1 <= whole.y1
 
 
 @pytest.mark.slow
