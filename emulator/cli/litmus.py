@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from emulator.litmus.model import LitmusTest
     from emulator.litmus.table import Results
     from emulator.litmus.verdict import Outcome
+    from emulator.sweep.store import Record
 
 VIOLATIONS_OR_SURPRISES = 1
 EXECUTIONS = 40
@@ -147,6 +148,14 @@ def litmus(
             metavar="I/N", help="With --explore: prove the I-th of N parts. `flushlab merge` joins stores."
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="With --explore: hand the proofs to the dask.distributed scheduler at this address; local: "
+            "to a cluster of --jobs processes on loopback.",
+        ),
+    ] = None,
 ) -> None:
     """Run litmus tests under policies and compare the verdicts with those expected."""
     # Imported late: help and bad usage need no engine.
@@ -171,8 +180,10 @@ def litmus(
     seed = (0 if explore else secrets.randbits(31)) if seed is None else seed
     jobs = jobs or len(os.sched_getaffinity(0))
     plan = [(test, tuple(policies_for(test, chosen, mutants))) for test in tests]
-    if store is not None or shard is not None:
-        status = _prove(plan, iterations, limit, seed, jobs, store, shard, as_json, as_ktap, junit)
+    if store is not None or shard is not None or cluster is not None:
+        elsewhere = None if cluster is None else _on_cluster(cluster)
+        prove = partial(_prove, plan, iterations, limit, seed, jobs, elsewhere)
+        status = prove(store, shard, as_json, as_ktap, junit)
         raise typer.Exit(status)
     planned = sum(len(policies) for _, policies in plan)
     searched = SearchProgress(planned)
@@ -209,6 +220,7 @@ def _prove(
     seconds: float,
     seed: int,
     jobs: int,
+    cluster: Callable[..., Iterator[Record]] | None,
     path: Path | None,
     part: str | None,
     as_json: bool,
@@ -232,7 +244,7 @@ def _prove(
     interrupts.only_note()
     with Store(path) as store:
         there = 0
-        for outcome, stored in proved(units, store, jobs, silent):
+        for outcome, stored in proved(units, store, jobs, silent, cluster):
             results.add(outcome)
             there += stored
             if not stored:
@@ -240,9 +252,19 @@ def _prove(
             elif there == 1:
                 known = sum(unit.key in store.records for unit in units)
                 print(f"{known} of {len(units)} proofs are in the store", file=sys.stderr)
+    # Proofs from a store or a cluster come in any order.
+    place = {(unit.test.name, unit.policy): unit.number for unit in units}
+    results.outcomes = dict(sorted(results.outcomes.items(), key=lambda one: place[one[0]]))
     results.interrupted = interrupts.came() is not None
     status = _print(results, as_json=as_json, as_ktap=as_ktap, junit=junit)
     return interrupts.ended(status, len(units) - len(results.outcomes), len(units))
+
+
+def _on_cluster(address: str) -> Callable[..., Iterator[Record]]:
+    from emulator.sweep.proofs import prove
+    from emulator.sweep.work import on_cluster
+
+    return on_cluster(address, prove)
 
 
 def _say_proved(number: int, units: int, outcome: Outcome) -> None:
@@ -282,7 +304,7 @@ def _print(
 def _check_together(context: typer.Context, *, explore: bool, policy: bool, ktap: bool, kernel: bool) -> None:
     """Raise BadInput for options that do not go together."""
     if not explore:
-        refuse(context, {"limit", "store", "shard"}, "without --explore", "both")
+        refuse(context, {"limit", "store", "shard", "cluster"}, "without --explore", "both")
     if policy:
         refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
     if ktap:

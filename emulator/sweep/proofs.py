@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -89,11 +89,27 @@ def outcome_of(record: Record) -> Outcome:
     return Outcome(**values)
 
 
+def prove(unit: Proof) -> Record | None:
+    """Search in this process alone, and return the proof's record; None if a signal cut it short."""
+    started, plan = time.monotonic(), [(unit.test, (unit.policy,))]
+    for outcome in explore_all(plan, unit.executions, unit.seed, 1, lambda n: None, unit.seconds):
+        if not outcome.cut:
+            return unit.record(outcome, time.monotonic() - started)
+    return None
+
+
 def proved(
-    units: Sequence[Proof], store: Store, jobs: int, told: Told
+    units: Sequence[Proof],
+    store: Store,
+    jobs: int,
+    told: Told,
+    cluster: Callable[[Sequence[Proof], int], Iterator[Record]] | None = None,
 ) -> Iterator[tuple[Outcome, bool]]:
     """Yield the outcome of each unit that the store has, then those of the others as they are reached, which
-    are put there; and whether it had it.  A search that a signal cut short is not kept."""
+    are put there; and whether it had it.  A search that a signal cut short is not kept.
+
+    cluster: runs prove() for the units elsewhere (on_cluster()), and yields the records.
+    """
     missing = []
     for unit in units:
         if unit.key in store.records:
@@ -101,6 +117,11 @@ def proved(
         else:
             missing.append(unit)
     if not missing:
+        return
+    if cluster is not None:
+        for record in cluster(missing, jobs):
+            store.add(record)
+            yield outcome_of(record), False
         return
     by_pair = {(unit.test.name, unit.policy): unit for unit in missing}
     plan = [(unit.test, (unit.policy,)) for unit in missing]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final, Protocol
 
 from loguru import logger
 
@@ -20,6 +20,15 @@ from emulator.sweep.grid import Unit
 from emulator.sweep.store import VERSION, Record
 
 Run = Callable[[Sequence[Unit], int], Iterator[Record]]
+
+
+class Keyed(Protocol):
+    """A unit of work: a run or a proof."""
+
+    @property
+    def key(self) -> str: ...
+
+
 _TICK: Final = 0.2
 
 
@@ -61,16 +70,18 @@ def in_processes(units: Sequence[Unit], jobs: int) -> Iterator[Record]:
                 yield record
 
 
-def on_cluster(address: str) -> Run:
+def on_cluster(
+    address: str, task: Callable[[Any], Any] = run_unit
+) -> Callable[[Sequence[Keyed], int], Iterator[Any]]:
     """Return a function that hands units to the scheduler of dask.distributed at this address; `local` is a
-    cluster of processes on loopback."""
+    cluster of processes on loopback.  It yields the results of `task` that are not None."""
     try:
         import distributed
     except ImportError:
         found = "dask.distributed is not installed"
         raise BadInput("--cluster", found, "it: pip install 'flushlab[cluster]'") from None
 
-    def run(units: Sequence[Unit], jobs: int) -> Iterator[Record]:
+    def run(units: Sequence[Keyed], jobs: int) -> Iterator[Any]:
         if address == "local":
             cluster = distributed.LocalCluster(
                 n_workers=jobs,
@@ -80,7 +91,7 @@ def on_cluster(address: str) -> Run:
                 silence_logs="ERROR",
             )
             with cluster, distributed.Client(cluster) as client:
-                yield from _completed(client, units)
+                yield from _completed(client, units, task)
             return
         try:
             client = distributed.Client(address, timeout="10s")
@@ -88,13 +99,13 @@ def on_cluster(address: str) -> Run:
             expected = "a scheduler's address such as tcp://HOST:8786, or local"
             raise BadInput("--cluster", f"found {address} ({error})", expected) from error
         with client:
-            yield from _completed(client, units)
+            yield from _completed(client, units, task)
 
     return run
 
 
-def _completed(client: object, units: Sequence[Unit]) -> Iterator[Record]:
-    futures = {client.submit(run_unit, unit, key=f"flushlab-{unit.key}", pure=False) for unit in units}  # type: ignore[attr-defined]
+def _completed(client: Any, units: Sequence[Keyed], task: Callable[[Any], Any]) -> Iterator[Any]:
+    futures = {client.submit(task, unit, key=f"flushlab-{unit.key}", pure=False) for unit in units}
     while futures and came() is None:
         done = {future for future in futures if future.done()}
         for future in done:

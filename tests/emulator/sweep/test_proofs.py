@@ -15,7 +15,7 @@ from emulator.litmus.loader import load_tests
 from emulator.litmus.verdict import Outcome
 from emulator.sweep import proofs
 from emulator.sweep.proofs import Proof, outcome_of
-from emulator.sweep.store import read_store
+from emulator.sweep.store import as_line, read_store
 
 Captured = pytest.CaptureFixture[str]
 _LINE = [
@@ -90,6 +90,21 @@ def test_three_shards_are_the_whole(tmp_path: Path, capsys: Captured) -> None:
 
 
 @pytest.mark.slow
+def test_a_cluster_makes_the_same_proofs(tmp_path: Path, capsys: Captured) -> None:
+    stores = tmp_path / "here.jsonl", tmp_path / "cluster.jsonl"
+    here = document(capsys, *_LINE, *_POLICIES, "--store", str(stores[0]))
+    there = document(capsys, *_LINE, *_POLICIES, "--store", str(stores[1]), "--cluster", "local")
+    assert there == here
+    # The stores' lines are the same, too, but for the time that each search took.
+    lines = [
+        sorted(as_line(record | {"wall_seconds": 0}) for record in read_store(store).values())
+        for store in stores
+    ]
+    assert len(lines[0]) == 4
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
 def test_other_limits_are_other_units(
     tmp_path: Path, searched: list[tuple[str, str]], capsys: Captured
 ) -> None:
@@ -120,6 +135,7 @@ def test_a_record_holds_the_outcome() -> None:
     [
         (["litmus", "--store", "x"], "--store"),
         (["litmus", "--shard", "1/2"], "--shard"),
+        (["litmus", "--cluster", "local"], "--cluster"),
         (["litmus", "return-zap", "--explore", "--shard", "3/2"], "--shard: found '3/2'"),
     ],
 )
