@@ -104,7 +104,7 @@ class Verdicts:
                 runs = sum(verdict.executions + verdict.pruned for verdict in self.verdicts) - before
                 kept = f", besides {before:,} that --state has kept" if before else ""
                 rate = f"{runs / max(elapsed, 1e-9):,.0f} a second"
-                print(f"{runs:,} executions in {elapsed:.1f} s, {rate}{kept}")
+                print(f"{runs:,} execution{'' if runs == 1 else 's'} in {elapsed:.1f} s, {rate}{kept}")
                 if len(self.verdicts) > 1:
                     print(proofs((v.verdict, v.test, v.policy) for v in self.verdicts))
                 _show_only(self.verdicts)

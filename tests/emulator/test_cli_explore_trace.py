@@ -76,7 +76,7 @@ def test_what_is_not_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (found["reached"], found["goal"]) == (False, "slot-retries")
     options[0] = written(tmp_path, RETRIED.replace("wait mm 1", "wait mm 2"))
     out = " ".join(shown(capsys, *options, status=1).split())
-    assert "no execution reaches slot-retries in all " in out
+    assert "no execution reaches slot-retries in the only interleaving, " in out
     assert out.endswith(" interleavings, up to the order of independent steps")
 
 

@@ -157,7 +157,7 @@ class Verdict:
         return Case(self.test, self.policy, ending, self.summary(), text)
 
     def _found(self) -> str:
-        n = f"{self.executions:,} interleavings"
+        n = _several(self.executions, "interleaving")
         if self.verdict == VIOLATIONS:
             return f"{', '.join(self.kinds)} after {n}"
         if self.verdict == INCONCLUSIVE:
@@ -172,14 +172,16 @@ class Verdict:
 
     def searched(self) -> str:
         """Return how far the search came without a violation, beginning with "in" or "with"."""
-        n = f"{self.executions:,} interleavings"
+        n = _several(self.executions, "interleaving")
         if self.complete:
             last = self.rounds[-1]["executions"]
             if self.states:
                 return f"in any interleaving: {last:,} executions, behind each of {self.states:,} states once"
-            return f"in all {last:,} interleavings, up to the order of independent steps"
+            every = f"all {last:,} interleavings" if last != 1 else "the only interleaving"
+            return f"in {every}, up to the order of independent steps"
         if self.bound is not None:
-            return f"with up to {self.bound} preemptions; nor in {n} altogether (not all{self._why()})"
+            most = _several(self.bound, "preemption")
+            return f"with up to {most}; nor in {n} altogether (not all{self._why()})"
         return f"in {n}; not all{self._why()}"
 
     def _states(self) -> str:
@@ -203,6 +205,10 @@ class Verdict:
             "steps": f", {self.cut_off:,} were cut off after {Limits().steps:,} steps",
             INTERRUPTED: ", interrupted",
         }.get(self.limit, "")
+
+
+def _several(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 Stop = Callable[[], bool]

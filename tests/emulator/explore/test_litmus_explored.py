@@ -36,7 +36,7 @@ def verdict_of(test: str, policy: str, plan: Plan | None = None) -> Verdict:
 def test_what_is_sound_is_proved(policy: str) -> None:
     found = verdict_of("return-zap", policy)
     assert (found.verdict, found.complete, found.counterexample) == (SAFE, True, None)
-    assert "in all" in found.summary()
+    assert "in the only interleaving" in found.summary()
 
 
 def test_a_race_is_explored_to_the_end() -> None:
@@ -77,7 +77,7 @@ def test_what_is_unsound_is_refuted(test: str, policy: str, kind: str) -> None:
 def test_a_bound_or_a_budget_is_admitted() -> None:
     found = verdict_of("fault-races-unmap", "linux-7.3", Plan(bound=1))
     assert (found.verdict, found.complete, found.bound) == (BOUNDED, False, 1)
-    assert "up to 1 preemptions" in found.summary()
+    assert "up to 1 preemption;" in found.summary()
     found = verdict_of("fault-races-unmap", "linux-7.3", Plan(executions=3, bound=9))
     assert (found.complete, found.executions <= 3) == (False, True)
     found = verdict_of("fault-races-unmap", "linux-7.3", Plan("random", executions=3))
@@ -175,7 +175,7 @@ def test_a_failure_is_a_verdict_and_others_go_on(
     assert main(["explore", *arguments]) == 1
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first.split(maxsplit=2)[2] == "failed: mm: AssertionError: KVM_BUG_ON"
-    assert "no violation in all" in second
+    assert "no violation in the only interleaving" in second
 
     assert main(["explore", *arguments, "--json"]) == 1
     explored = json.loads(capsys.readouterr().out)["explored"]
@@ -256,9 +256,10 @@ def test_bad_input_comes_from_another_process_as_one_line(
     path.write_text(UNSTEADY.replace('"none"', '"nothing"').replace("% 7 == 6", ">= 0"))
     arguments = ["return-zap", "away-zap", "--policy", str(path), "--jobs", "2"]
     assert main(["explore", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"flushlab: {path}:9: Unsteady.migration: returned 'nothing'; expected one of ")
-    assert err.count("\n") == 1
+    # On a busy machine lines of progress come before.
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("explore: ")]
+    (line,) = lines
+    assert line.startswith(f"flushlab: {path}:9: Unsteady.migration: returned 'nothing'; expected one of ")
 
 
 def test_a_deadlock_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_where_nothing_can_happen_nothing_is_proved(policy: str) -> None:
     found = verdict_of(VACUOUS, policy)
     assert (found.verdict, found.complete, found.met) == (INCONCLUSIVE, True, 0)
     assert found.summary() == (
-        "inconclusive: the precondition (averted) never held in all 1 interleavings, up to the order of "
+        "inconclusive: the precondition (averted) never held in the only interleaving, up to the order of "
         "independent steps, sequentially consistent"
     )
     assert {key: found.document()[key] for key in ("verdict", "needs", "met", "evidence")} == {
