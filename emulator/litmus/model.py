@@ -1,111 +1,135 @@
 """The schema of litmus tests: one TOML file each.
 
     doc = "One paragraph: what could go wrong, and why it does or does not."
-    source = "The thread (subject, date) or the commit that the test comes from."
+    source = "The thread (subject, date) or the commit that it is from."
 
     [machine]                     # all optional
     pcpus = 2                     # physical CPUs; TLBs never evict
-    root_frames = 4               # host frames for EPT roots: few, so that pages become roots again
-    ept = true                    # kvm_intel.ept; false: KVM shadows the guests' page tables
-    vpid = true                   # kvm_intel.vpid; false: VM entry and VM exit flush
-    hyperv = false                # true: the host is a guest of Hyper-V, which flushes KVM's EPTs
-    vpids = 65535                 # VPIDs that the host has left; a vCPU takes one, and one for nested guests
+    root_frames = 4               # frames for EPT roots: few, to be used again
+    ept = true                    # false: KVM shadows the guests' page tables
+    vpid = true                   # false: VM entry and VM exit flush
+    hyperv = false                # true: on Hyper-V, which flushes KVM's EPTs
+    vpids = 65535                 # VPIDs of the host; a nested vCPU takes two
 
     [[vm]]                        # one VM with one vCPU if not given
     vcpus = 2
     pages = 2048                  # guest-physical memory; memslot 0 covers it
-    smm_slots = false             # true: the address space of SMM has this memory, too
+    smm_slots = false             # true: SMM has this memory, too
     smram = 0x600                 # pages from here on belong to SMM alone
-    device = 0                    # pages of memslot 2, a device's memory behind memslot 0
-    ept_ad = true                 # kvm_intel.eptad; without A/D bits aging takes permissions from SPTEs
-    tdp_levels = [4, 5]           # levels of each vCPU's EPT (all 4 if not given)
-    paging = false                # guests run with CR0.PG = 0: addresses are guest-physical
+    device = 0                    # pages of memslot 2, behind memslot 0
+    ept_ad = true                 # false: aging takes SPTEs' permissions
+    tdp_levels = [4, 5]           # of each vCPU's EPT; all 4 if not given
+    paging = false                # false: CR0.PG = 0, linear is guest-physical
     pcid = false                  # CR4.PCIDE
-    apic = false                  # true: vCPUs have APICs, in xAPIC mode at the page behind memslot 0
+    apic = false                  # true: an xAPIC at the page behind memslot 0
     chunk = 32                    # SPTEs that a zap handles in one step
-    prefetch = false              # true: faults without EPT map neighbours as well, as KVM's do
-    fault_around = 0              # pages that a fault maps together with its own, as the emulator's guests do
-    resched_chunks = 0            # a zap yields after this number of steps; 0: only if mmu_lock is contended
-    mmu_pages = 65536             # shadow pages that KVM keeps (KVM_SET_NR_MMU_PAGES), the newest ones
-    invalidations = 0             # how many this VM has had already: mmu_invalidate_seq begins there
-    dirty_log = "protect"         # or "manual", "initially-set" (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    prefetch = false              # true: faults without EPT map neighbours, too
+    fault_around = 0              # pages that a fault maps at once; 0: one
+    resched_chunks = 0            # steps until a zap yields; 0: contended only
+    mmu_pages = 65536             # shadow pages at most (KVM_SET_NR_MMU_PAGES)
+    invalidations = 0             # where mmu_invalidate_seq begins
+    dirty_log = "protect"         # or "manual", or "initially-set"
 
-    init = ["v0: write 0x10"]     # executed one after the other, before the threads start
-    final = ["v0: read 0x10"]     # executed one after the other, after the threads have ended
+    init = ["v0: write 0x10"]     # one after the other, before the threads
+    final = ["v0: read 0x10"]     # one after the other, after the threads
 
     [threads.v0]                  # a vCPU's thread
     vcpu = 0                      # its number in the VM (vm = 0 if not given)
     pcpu = 0                      # the pCPU that it starts on (0 if not given)
     ops = ["read 0x10", "migrate 1"]
 
-    [threads.mm]                  # an ioctl caller, or the host's memory management
+    [threads.mm]                  # an ioctl caller, or the host's mm
     vm = 0
     ops = ["wait v0 1", "host-unmap 0x10"]
 
     [stress]                      # only for runs on real threads
-    # THREAD POINT [read|write] [MICROSECONDS]: the thread lingers at that point now and then
+    # THREAD POINT [read|write] [MICROSECONDS]: it lingers there now and then
     delays = ["v0 mode write", "mm mmu_lock 400"]
-    chaos = 0                     # one in this number of points of the native core delays its CPU
+    chaos = 0                     # one in so many points of the core delays
 
     [expect]
-    needs = "averted"             # the danger without which a run proves nothing; see below
+    needs = "averted"             # without this danger, nothing is proved
     default = "safe"
     "mutant:remote-flush-current-only" = ["use-after-free"]
 
-Pages are numbers of 4 KiB pages, decimal or 0x hexadecimal.  `flushlab list litmus --ops` explains the
-operations.  A thread's name is made of letters, digits and "_".  `wait THREAD N` waits until THREAD has
-completed its first N operations (those of `ops`); a vCPU waits in guest mode.  `block THREAD N` waits outside
-of guest mode.
+Pages are numbers of 4 KiB pages, decimal or 0x hexadecimal.  `flushlab list
+litmus --ops` explains the operations.  A thread's name is made of letters,
+digits and "_".  `wait THREAD N` waits until THREAD has completed its first N
+operations (those of `ops`); a vCPU waits in guest mode.  `block THREAD N` waits
+outside of guest mode.
 
 The verdict of a policy is
     safe           no violation, and the danger occurred (`needs`)
-    violations     an access used a translation or a right that KVM had promised to be gone; threads wait for
-                   ever ("deadlock"); or, at the end, KVM keeps what nothing will free ("leak"): a root, a
-                   table, a reference, a VPID; or its MMU's structures disagree with each
-                   other, or with the host's or the guest's tables ("inconsistent")
-    inconclusive   no violation, but no danger that could have led to one either; with `explore`, in none of
-                   the interleavings
-`expect` names the policies with another verdict than safe: a list of violation kinds means that at least one
-execution violates, and that every violation is of one of these kinds.  "inconclusive" is for a policy under
-which the danger cannot arise.  Where only "deadlock" is expected, `flushlab litmus` leaves the policy to
-`flushlab explore`, because real threads only pause.  Keys are presets, mutants, or "point=alternative"
-(several joined by ","), which is the default policy with these points changed.  Verdicts that only `flushlab
-explore` can show, with more choices of its scheduler, stand in sections of their own, with keys and values
-of this form; all other verdicts are expected not to change with these choices:
+    violations     an access used a translation or a right that KVM had promised
+                   to be gone; threads wait for ever ("deadlock"); or, at the
+                   end, KVM keeps what nothing will free ("leak"): a root, a
+                   table, a reference, a VPID; or its MMU's structures disagree
+                   with each other, or with the host's or the guest's tables
+                   ("inconsistent")
+    inconclusive   no violation, but no danger that could have led to one
+                   either; with `explore`, in none of the interleavings
+`expect` names the policies with another verdict than safe: a list of violation
+kinds means that at least one execution violates, and that every violation is of
+one of these kinds.  "inconclusive" is for a policy under which the danger
+cannot arise.  Where only "deadlock" is expected, `flushlab litmus` leaves the
+policy to `flushlab explore`, because real threads only pause.  Keys are
+presets, mutants, or "point=alternative" (several joined by ","), which is the
+default policy with these points changed.  Verdicts that only `flushlab explore`
+can show, with more choices of its scheduler, stand in sections of their own,
+with keys and values of this form; all other verdicts are expected not to change
+with these choices:
 
     [expect.evict]                # --adversary evict
     [expect.speculate]            # --adversary speculate
     [expect.store-buffers]        # --store-buffers
 
 `needs`, any of:
-    averted        a flush removed an entry, and an access followed that would have violated by using it
-    legal-stale    an entry was used between a zap and its completed flush, which is allowed and must stay so
-    stale-walk     a walk went on from a cached pointer to a table that no entry led to any more, which is
-                   allowed until the flush and must stay so
-    dead-root      a root page became a root again while old entries of it were cached
+    averted        a flush removed an entry, and an access followed that would
+                   have violated by using it
+    legal-stale    an entry was used between a zap and its completed flush,
+                   which is allowed and must stay so
+    stale-walk     a walk went on from a cached pointer to a table that no entry
+                   led to any more, which is allowed until the flush and must
+                   stay so
+    dead-root      a root page became a root again while old entries of it were
+                   cached
     kicks          another CPU's call interrupted a guest
-    crossed-calls  two pCPUs called each other at a time: each had to run the other's call while it waited
+    crossed-calls  two pCPUs called each other at a time: each had to run the
+                   other's call while it waited
     retries        a fault met an mmu_notifier's invalidation, and was retried
     slot-retries   a fault met a memslot that was being deleted, and was retried
-    slot-waits     an update of the memslots waited until an mmu_notifier's invalidation had ended
-    frozen         a fault met an SPTE that another CPU had frozen, and was retried
-    yields         a zap or another walk over SPTEs dropped mmu_lock before its end
-    pending-flush  a walk of the TDP MMU dropped mmu_lock with zapped SPTEs that were not flushed yet
-    root-gone      a walk of the TDP MMU dropped mmu_lock, and its root was invalidated before it went on
+    slot-waits     an update of the memslots waited until an mmu_notifier's
+                   invalidation had ended
+    frozen         a fault met an SPTE that another CPU had frozen, and was
+                   retried
+    yields         a zap or another walk over SPTEs dropped mmu_lock before its
+                   end
+    pending-flush  a walk of the TDP MMU dropped mmu_lock with zapped SPTEs that
+                   were not flushed yet
+    root-gone      a walk of the TDP MMU dropped mmu_lock, and its root was
+                   invalidated before it went on
     tables-freed   KVM freed a table
     elided         KVM elided a flush
     guest-invalidations    a guest invalidated TLB entries
-    overlaps       an invalidation began while another one of its pages was in progress
-    dirty-compared a page was written while it was logged, and compared with its copy at the end
-    unsync         a guest's page table became writable and out of date, without EPT
-    syncs          KVM compared a shadow page with the guest's table, without EPT
+    overlaps       an invalidation began while another one of its pages was in
+                   progress
+    dirty-compared a page was written while it was logged, and compared with its
+                   copy at the end
+    unsync         a guest's page table became writable and out of date, without
+                   EPT
+    syncs          KVM compared a shadow page with the guest's table, without
+                   EPT
     prefetched     a fault mapped a neighbour of its page as well, without EPT
-    readers        a kick met a vCPU that read SPTEs without mmu_lock, without EPT
+    readers        a kick met a vCPU that read SPTEs without mmu_lock, without
+                   EPT
     table-stores   KVM emulated a guest's store to its page table, without EPT
     mmio-sptes     KVM noted in an SPTE that a gfn is in no memslot, without EPT
-    apic-aliases   a guest accessed its APIC while its pCPU had cached the APIC-access page as memory, too
-    apic-withheld  a nested guest accessed the page of L1's APIC, and got no mapping of it
-    nothing        no danger: a run without violations proves the test's claim by itself
+    apic-aliases   a guest accessed its APIC while its pCPU had cached the
+                   APIC-access page as memory, too
+    apic-withheld  a nested guest accessed the page of L1's APIC, and got no
+                   mapping of it
+    nothing        no danger: a run without violations proves the test's claim
+                   by itself
 """
 
 from __future__ import annotations
