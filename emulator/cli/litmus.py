@@ -48,7 +48,7 @@ LITMUS_HELP = (
     "with the number of missing ones."
 )
 EXAMPLES = """\
-All tests under all presets, in about a minute:
+All tests under all presets, in some minutes:
 
     flushlab litmus
 
