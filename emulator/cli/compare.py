@@ -21,7 +21,7 @@ from emulator.cli.options import (
     expanded,
     refuse,
 )
-from emulator.cli.replay import replay
+from emulator.cli.replay import SpeedOption, replay
 from emulator.cli.sweep import HtmlOption, Sweep, SweepOptions, check_html, run_sweep
 from emulator.defaults import DEFAULT_POLICY
 from emulator.errors import BadInput
@@ -82,6 +82,7 @@ def compare(
     html: HtmlOption = None,
     sensitivity: SensitivityOption = False,
     kernel: KernelOption = None,
+    speed: SpeedOption = 0.0,
     *,
     options: SweepOptions,
 ) -> None:
@@ -98,11 +99,13 @@ def compare(
     from emulator.scenario.config import load_scaled
 
     if scenario.endswith(_WORKLOAD):
-        expected = "a scenario; with a workload: --policy, --costs and --json only"
+        expected = "a scenario; with a workload: --policy, --costs, --speed and --json only"
         every = {parameter.name or "" for parameter in context.command.params}
-        refuse(context, every - {"scenario", "policies", "costs", "as_json"}, "with a workload", expected)
-        replay(Path(scenario), _with_baseline(policies or []), 0.0, options.costs, as_json)
+        taken = {"scenario", "policies", "costs", "speed", "as_json"}
+        refuse(context, every - taken, "with a workload", expected)
+        replay(Path(scenario), _with_baseline(policies or []), speed, options.costs, as_json)
         return
+    refuse(context, {"speed"}, "without a workload", "a file that ends in .workload")
     chosen = load_policies(policies or [])
     check_html(html)
     if options.given:

@@ -36,6 +36,17 @@ _WIDTH = 100
 _FASTEST = 1e6
 
 
+SpeedOption = Annotated[
+    float,
+    typer.Option(
+        "--speed",
+        metavar="X",
+        help="Replay a workload in time: 1 as recorded, 10 ten times as fast. 0, the default: as fast as it "
+        "goes.",
+    ),
+]
+
+
 def replay(
     workload: Annotated[
         Path,
@@ -52,13 +63,7 @@ def replay(
             f"{DEFAULT_POLICY}.",
         ),
     ] = None,
-    speed: Annotated[
-        float,
-        typer.Option(
-            metavar="X",
-            help="Replay in time: 1 as recorded, 10 ten times as fast. 0, the default: as fast as it goes.",
-        ),
-    ] = 0.0,
+    speed: SpeedOption = 0.0,
     costs: CostsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -67,6 +67,10 @@ def test_compare_takes_a_workload_as_a_scenario(tmp_path: Path, capsys: pytest.C
     for policy in json.loads(capsys.readouterr().out)["policies"]:
         assert sum(policy["flush_cycles_by_item"].values()) == pytest.approx(policy["flush_cycles"])
         assert len(policy["flush_cycles_by_item"]) > 1
+    assert main(["compare", str(path), *both, "--speed", "1000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["speed"] == 1000
+    assert main(["compare", "main", "--speed", "2"]) == 2
+    assert capsys.readouterr().err.startswith("flushlab: --speed: found without a workload")
     assert main(["compare", str(path), *both, "--repeat", "2"]) == 2
     assert "--repeat" in capsys.readouterr().err
 
