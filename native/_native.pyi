@@ -182,6 +182,9 @@ class GuestConfig(CDataBase):
     halt_every: int
     halt_us: int
     wp_every: int
+    pg_every: int
+    smep_every: int
+    pcide_every: int
     batch: int
     interrupts_off: int
     own_kernel: int
@@ -328,7 +331,7 @@ class Lib:
     COUNT_GUEST_FAULTS: Final[CounterId]
     COUNT_GUEST_INVALIDATIONS: Final[CounterId]
     COUNT_GUEST_SWITCHES: Final[CounterId]
-    COUNT_GUEST_WP_WINDOWS: Final[CounterId]
+    COUNT_GUEST_ROLE_WINDOWS: Final[CounterId]
     COUNT_STALE_WALKS: Final[CounterId]
     COUNT_CALLS_CROSSED: Final[CounterId]
     COUNT_APIC_ALIASES: Final[CounterId]
@@ -560,6 +563,7 @@ class Lib:
     X86_CR4_PAE_BIT: Final[int]
     X86_CR4_PGE_BIT: Final[int]
     X86_CR4_PCIDE_BIT: Final[int]
+    X86_CR4_SMEP_BIT: Final[int]
     EFER_LME_BIT: Final[int]
     EFER_NX_BIT: Final[int]
     GUEST_INSN_NONE: Final[GuestInsn]

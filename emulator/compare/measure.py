@@ -54,7 +54,7 @@ def units_of(snapshot: Snapshot, scenario: Scenario) -> int:
         "SMIs": lambda: snapshot.kvm("smis"),
         "remote flushes": lambda: snapshot.kvm("remote_tlb_flush_requests"),
         "switches": lambda: snapshot.counters["guest_switches"],
-        "CR0.WP windows": lambda: snapshot.counters["guest_wp_windows"],
+        "role windows": lambda: snapshot.counters["guest_role_windows"],
         "round trips": lambda: snapshot.kvm("nested_run"),
         "nested roots": lambda: snapshot.kvm("nested_roots"),
     }

@@ -55,7 +55,7 @@ CostUnit = Literal[
     "SMIs",
     "remote flushes",
     "switches",
-    "CR0.WP windows",
+    "role windows",
     "round trips",
     "nested roots",
 ]
@@ -190,6 +190,10 @@ class VmSection(Section):
     # Accesses between two pairs of MOV to CR0 that clear and set CR0.WP, as an OS does that writes to its
     # read-only pages (0: never).  Without EPT they exit; with EPT the bit is the guest's own.
     wp_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
+    # The same for CR0.PG (without PCIDs), for CR4.SMEP, and for CR4.PCIDE (with PCIDs).
+    pg_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
+    smep_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
+    pcide_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
     # Accesses between two HLTs (0: never), and how long a HLT lasts.
     halt_every: Annotated[int, Unit("guest accesses")] = Field(default=200_000, ge=0, le=1 << 31, strict=True)
     halt: Duration = 0.0001

@@ -58,7 +58,7 @@ enum counter {
 	COUNT_GUEST_FAULTS,      /* #PF served by the guest OS */
 	COUNT_GUEST_INVALIDATIONS, /* INVLPG, INVPCID, MOV CR3 with flush by the guest */
 	COUNT_GUEST_SWITCHES,    /* MOV CR3 */
-	COUNT_GUEST_WP_WINDOWS,  /* MOV CR0 that clears WP, and another that sets it again (without EPT) */
+	COUNT_GUEST_ROLE_WINDOWS, /* pairs of MOV to CR0 or CR4 that change a role and change it back (without EPT) */
 	COUNT_STALE_WALKS,       /* walks that a cached pointer led into a table that was unlinked but not yet
 				  * free */
 	COUNT_CALLS_CROSSED,     /* of COUNT_CALLS_RUN: this CPU had sent a call to the sender, which had yet to

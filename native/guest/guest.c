@@ -97,6 +97,12 @@ static uint32_t interval(const struct guest *g, enum guest_event event)
 		return g->config.table_every;
 	case GUEST_WP:
 		return g->config.wp_every;
+	case GUEST_PG:
+		return g->config.pg_every;
+	case GUEST_SMEP:
+		return g->config.smep_every;
+	case GUEST_PCIDE:
+		return g->config.pcide_every;
 	case GUEST_TRANSITION:
 		return g->config.transition_every;
 	case GUEST_TICK:

@@ -20,6 +20,7 @@ enum x86_cr_bit {
 	X86_CR4_PAE_BIT = 5,
 	X86_CR4_PGE_BIT = 7,
 	X86_CR4_PCIDE_BIT = 17,
+	X86_CR4_SMEP_BIT = 20,
 	EFER_LME_BIT = 8, /* asm/msr-index.h */
 	EFER_NX_BIT = 11,
 };

@@ -16,6 +16,7 @@
 #include "guest/guest_insn.h"
 #include "guest/guest_nested.h"
 #include "guest/guest_os.h"
+#include "guest/guest_roles.h"
 #include "guest/guest_shadow.h"
 #include "guest/program.h"
 #include "sync/cpu.h"
@@ -137,9 +138,13 @@ static uint32_t before_the_next(struct run *run)
 {
 	struct walk *w = &run->walk;
 	struct guest *g = w->guest;
+	uint32_t reason;
 
 	if (g->smm)
 		return EXIT_REASONS;
+	reason = os_role_step(w);
+	if (reason != EXIT_REASONS)
+		return reason;
 	if (!os_inside(w) && os_flush_due(g))
 		return exit_of(w, os_flush_step(w));
 	if (g->injected.pending && program_takes_fault(g)) {
@@ -153,27 +158,10 @@ static uint32_t before_the_next(struct run *run)
 	}
 	if (g->boot)
 		return guest_boot_step(&run->walk);
-	if (g->choices.sets_wp) {
-		g->choices.sets_wp = false;
-		return exit_instruction(&run->walk, GUEST_INSN_MOV_CR0, CR0_PE | CR0_WP | CR0_PG);
-	}
 	if (!g->choices.sets_pge)
 		return EXIT_REASONS;
 	g->choices.sets_pge = false;
 	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR4, os_cr4_of(g, true));
-}
-
-/* Clear CR0.WP, which exits without EPT; before_the_next() sets it again.  With EPT the bit is the guest's own. */
-static uint32_t clear_wp(struct run *run)
-{
-	struct guest *g = run->walk.guest;
-
-	os_schedule(g, GUEST_WP);
-	if (run->walk.vmcs->ept)
-		return EXIT_REASONS;
-	g->choices.sets_wp = true;
-	count(run->walk.cpu->counters, COUNT_GUEST_WP_WINDOWS, 1);
-	return exit_instruction(&run->walk, GUEST_INSN_MOV_CR0, CR0_PE | CR0_PG);
 }
 
 /* Return an exit reason; EXIT_REASONS: no exit is needed, go on. */
@@ -226,8 +214,9 @@ static uint32_t step(struct run *run)
 	}
 	if (g->halted_until)
 		return halted(run);
-	if (g->clock >= g->due[GUEST_WP])
-		return clear_wp(run);
+	reason = os_role_begin(w);
+	if (reason != EXIT_REASONS)
+		return reason;
 	if (g->clock >= g->due[GUEST_HALT]) {
 		os_schedule(g, GUEST_HALT);
 		if (!g->config.halt_us)

@@ -30,6 +30,11 @@ struct guest_config {
 				  * after this time */
 	uint32_t wp_every;       /* without EPT: accesses between two pairs of MOV to CR0 that clear and set CR0.WP, as
 				  * an OS does to write to its read-only pages; 0: never */
+	/* As wp_every: CR0.PG cleared, then set (without CR4.PCIDE); CR4.SMEP set, then cleared; CR4.PCIDE cleared, then
+	 * set, in CR3 without a PCID. */
+	uint32_t pg_every;
+	uint32_t smep_every;
+	uint32_t pcide_every;
 	uint32_t batch;          /* without EPT: mappings that the OS changes at most before it invalidates them together;
 				  * 0: it invalidates each at once */
 	uint32_t interrupts_off; /* of a batch: the most accesses for which a vCPU keeps interrupts off when another
@@ -159,8 +164,9 @@ struct guest_change {
 };
 
 /* An event that the OS is in the middle of; each step can be repeated from its start. */
-enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_TABLE, GUEST_WP, GUEST_HALT, GUEST_TRANSITION, GUEST_TICK,
-		   GUEST_EVENTS };
+enum guest_event { GUEST_SWITCH, GUEST_UNMAP, GUEST_PROTECT, GUEST_TABLE, GUEST_WP, GUEST_PG, GUEST_SMEP, GUEST_PCIDE,
+		   GUEST_HALT, GUEST_TRANSITION, GUEST_TICK, GUEST_EVENTS,
+		   GUEST_ROLES_FIRST = GUEST_WP, GUEST_ROLES_LAST = GUEST_PCIDE };
 
 /* The step that an OS that boots after a reset still has to do before it runs its processes. */
 enum guest_boot_step {
@@ -210,7 +216,8 @@ struct guest_choices {
 	bool mapped, reclaiming;
 	bool invpcid_all;          /* due after a switch */
 	bool sets_pge;             /* due after CR4.PGE was cleared */
-	bool sets_wp;              /* due after CR0.WP was cleared */
+	enum guest_event window;   /* of a role (guest_roles.h), and the number of its next write; 0: there is none */
+	uint32_t window_step;
 	bool switching;            /* to process `next` */
 	uint32_t next;
 	bool changing;             /* the entry of the batch's last change is being written */

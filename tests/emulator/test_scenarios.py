@@ -35,6 +35,7 @@ COMPARED = {
     "mixed": "migrations",
     "pgd-churn": "mmu_synced",
     "wp-churn": "mmu_load",
+    "role-churn": "mmu_load",
 }
 
 

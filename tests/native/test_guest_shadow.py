@@ -6,6 +6,7 @@ import pytest
 
 from native import ffi, lib
 from native.types import Gva
+from tests.native.hypervisor import Hypervisor
 from tests.native.shadow_guests import (
     INVLPG,
     LINEAR,
@@ -20,6 +21,7 @@ from tests.native.shadow_guests import (
 )
 from tests.native.shadow_hypervisor import (
     CR0_PG,
+    CR4_PCIDE,
     DIRECT_BASE,
     NOFLUSH,
     WRITE,
@@ -52,18 +54,44 @@ def test_an_os_that_changes_its_tables_runs_clean(pcid: int, vpid: bool) -> None
         assert machine.violations() == {}
 
 
-def test_an_os_clears_wp_and_sets_it_before_its_next_access() -> None:
+CR0 = CR0_PG | 1 << lib.X86_CR0_PE_BIT | 1 << lib.X86_CR0_WP_BIT
+CR4 = 1 << lib.X86_CR4_PAE_BIT | 1 << lib.X86_CR4_PGE_BIT
+# The writes of each window of a role, by the key of its interval; a MOV to CR3 by its PCID.
+WINDOWS = {
+    "wp_every": [("MOV_CR0", CR0 & ~(1 << lib.X86_CR0_WP_BIT)), ("MOV_CR0", CR0)],
+    "pg_every": [("MOV_CR0", CR0 & ~CR0_PG), ("MOV_CR0", CR0)],
+    "smep_every": [("MOV_CR4", CR4 | 1 << lib.X86_CR4_SMEP_BIT), ("MOV_CR4", CR4)],
+    "pcide_every": [("MOV_CR3", 0), ("MOV_CR4", CR4), ("MOV_CR4", CR4 | CR4_PCIDE), ("MOV_CR3", 1)],
+}
+
+
+@pytest.mark.parametrize("every", WINDOWS)
+def test_an_os_changes_a_role_and_changes_it_back_before_its_next_access(every: str) -> None:
     with ShadowHypervisor(table_frames=4096) as machine:
-        vcpu = guest(machine, processes=2, switch_every=400, wp_every=50)
+        vcpu = guest(machine, processes=1, pcid=int(every == "pcide_every"), **{every: 50})
+        machine.run(CPU0, vcpu, 100)
+        # The boot ends with the last write of some windows.
+        machine.exits.clear()
+        windows = machine.count(lib.COUNT_GUEST_ROLE_WINDOWS)
         machine.run(CPU0, vcpu, 2000)
-        exits = machine.exits
-        off = CR0_PG | 1 << lib.X86_CR0_PE_BIT
-        on = off | 1 << lib.X86_CR0_WP_BIT
-        cleared = [at for at, one in enumerate(exits) if one == ("MOV_CR0", off)]
-        assert 30 < len(cleared) < 50
-        assert machine.count(lib.COUNT_GUEST_WP_WINDOWS) == len(cleared)
-        assert all(exits[at + 1] == ("MOV_CR0", on) for at in cleared)
+        writes = [
+            (name, operand & 0xFFF if name == "MOV_CR3" else operand)
+            for name, operand in machine.exits
+            if name.startswith("MOV_")
+        ]
+        windows = machine.count(lib.COUNT_GUEST_ROLE_WINDOWS) - windows
+        assert 30 < windows < 50
+        assert writes == WINDOWS[every] * windows
         assert machine.violations() == {}
+
+
+def test_with_ept_the_bits_of_a_role_are_the_guests_own() -> None:
+    with Hypervisor() as machine:
+        vm = machine.vm(gfns=2048)
+        vcpu = machine.vcpu(vm, 1, paging=1, end_gfn=2048, pcid=0, wp_every=50, pg_every=50, smep_every=50)
+        machine.process(vcpu, RECORDS, PAGES)
+        machine.run(CPU0, vcpu, 2000)
+        assert machine.count(lib.COUNT_GUEST_ROLE_WINDOWS) == 0
 
 
 def test_an_os_that_runs_out_of_memory_reclaims() -> None:
