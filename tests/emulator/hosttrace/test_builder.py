@@ -209,6 +209,17 @@ def test_a_probe_tells_which_vm_of_a_process_is_meant() -> None:
     assert deleted == [1 - of_first, of_first, 1 - of_first, 1 - of_first]
 
 
+def test_a_vm_of_which_the_vcpu_enters_later_is_told_before() -> None:
+    recording = TwoVms()
+    recording.lines.append(entry(TASKS[0], 1, recording.tick(), 0))
+    recording.delete_slot_of(0xB)
+    recording.both()
+    recording.tell()
+    workload = again(recording)
+    assert [step.vm for step in workload.steps if step.verb == "zap-all"] == [1]
+    assert workload.left_out == {}
+
+
 def test_a_range_is_corrected_with_its_pages() -> None:
     recording = TwoVms()
     recording.both()
