@@ -11,9 +11,11 @@ from typing import Any
 from emulator.explore.audit.continuations import StateCheck, Ways
 from emulator.explore.audit.independence import IndependenceCheck
 from emulator.explore.audit.residue import ResidueProgram
+from emulator.explore.audit.untold import Untold
 from emulator.explore.machine.control import Control
 from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import NONE, ExploreOptions
+from emulator.explore.machine.patched_code import shared_classes
 from emulator.explore.machine.policy_reads import NOTHING, Grown
 from emulator.explore.machine.races import Races
 from emulator.explore.machine.states import MachineStates, hear, stateless
@@ -32,6 +34,8 @@ CLEAN = "clean"
 EXECUTIONS = 20
 # Pairs of steps that are swapped in each of EXECUTIONS further executions.
 SWAPS = 10
+# Values that histories do not tell are looked for in one of so many of EXECUTIONS.
+UNTOLD = 4
 # Ways to one state are found in a stateful search of so many times EXECUTIONS.
 SEARCHED = 3
 
@@ -46,7 +50,8 @@ class AuditResult:
     plain: likewise, plain accesses of a kernel tree's code to memory.
     swaps: pairs of adjacent steps that were swapped, as their footprints do not conflict.  ordered: the pairs
     of which the swap made a difference.  ways: pairs of ways to one state, as a stateful search tells states,
-    each continued with the same tasks; apart: their differences.  stateless: the reason why states cannot be
+    each continued with the same tasks; apart: their differences, and Python objects that tasks read although
+    their states do not tell it.  stateless: the reason why states cannot be
     compared.  failed: why an execution could not go on, which ended the audit.
     """
 
@@ -132,11 +137,14 @@ def run_audit(
 
 
 def _audit(program: ResidueProgram, executions: int, seed: int, parts: Parts) -> AuditResult:
-    walks, own = RandomWalk(executions, seed), program.control.races
+    walks, again = RandomWalk(executions, seed), RandomWalk(executions // UNTOLD + 1, seed)
+    own = program.control.races
     races = own or parts.races(program.control)
     audit = program.control.audit = Audit()
     check = IndependenceCheck(program, program.objects, seed)
-    states = StateCheck(program, Ways(program.objects, MachineStates(program)), seed)
+    machine_states = MachineStates(program)
+    states = StateCheck(program, Ways(program.objects, machine_states), seed)
+    untold = Untold(machine_states)
     why = parts.stateless or stateless(program)
     failed: Counter[str] = Counter()
     try:
@@ -149,6 +157,11 @@ def _audit(program: ResidueProgram, executions: int, seed: int, parts: Parts) ->
             program.control.audit = None
             check.run(executions, SWAPS)
         if not why:
+            with instrument(program.control):
+                program.races = untold
+                with watching(untold, shared_classes()):
+                    search(program, program.objects, again, Limits(), lambda outcome: False)
+                program.races = own
             hear(program)
             with instrument(program.control):
                 states.run(SEARCHED * executions, executions)
@@ -165,7 +178,7 @@ def _audit(program: ResidueProgram, executions: int, seed: int, parts: Parts) ->
         races.findings,
         Counter(),
         check.findings,
-        states.findings,
+        states.findings + untold.findings,
         failed,
         check.swaps,
         states.pairs,

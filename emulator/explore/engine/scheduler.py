@@ -90,6 +90,7 @@ class Task:
         "name",
         "reads",
         "resting",
+        "rests",
         "waits_for",
         "was_blocking",
         "watch",
@@ -116,7 +117,9 @@ class Task:
         self.awaited = 0
         self.changed = False  # another task has written one of the watched objects
         self.heard: list[Hashable] = []  # results of the current step's calls, if the program records them
-        self.resting = False  # waits at a place where it uses no value that it has read before
+        # It stands at a place where it uses no value that it has read before; `rests`: it comes to one when
+        # its current step ends.
+        self.resting = self.rests = False
         self.acts_for: Task | None = None  # a daemon that continues what this task has begun
 
     def __repr__(self) -> str:
@@ -224,6 +227,7 @@ class Execution:
         task = self.current
         if not self.starting:
             self._ended(task)
+        task.resting, task.rests = task.rests, False
         task.label = label
         task.reads = reads
         task.writes = writes
@@ -276,9 +280,9 @@ class Execution:
         assert not task.daemon
         task.watch |= task.reads | task.writes
         task.looked_at = task.label
-        task.resting = rests
+        task.rests = rests
         self.step(label, task.watch, 0, lambda: task.changed)
-        task.changed = task.resting = False
+        task.changed = False
         # The step after the wait depends on all objects that were awaited, the next wait on its own reads.
         task.awaited, task.reads, task.watch = task.reads, 0, 0
 

@@ -105,6 +105,7 @@ class GuestMode(Lib):
         # True if L1 handles an exit of its nested guest in this step, and writes to its EPT.
         handles = bool(lib.vcpu_handles_violation(m, vcpu))
         label = ("handle violation", vcpu, "write") if handles else self._label(vcpu, op)
+        execution.current.rests = True
         execution.step(label, reads, tlb)
         before, cached = control.walks(cpu), control.caches_tables(cpu)
         reason = control.exit_reason = self._heard_step(execution, m, cpu)
@@ -146,6 +147,7 @@ class GuestMode(Lib):
 
     def _guest_wait(self, execution: Execution, m: MachinePtr, cpu: CpuId, op: GuestOp) -> None:
         slot, value = int(op.linear), int(op.value)
+        execution.current.rests = True
         execution.step(
             ("guest waits", slot, "read"),
             self.control.bit("progress", slot) | self.control.bit("irq", cpu),

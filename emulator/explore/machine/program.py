@@ -54,6 +54,11 @@ class ExploredHarness(Harness):
                 if self.control.on_alone is not None:
                     self.control.on_alone(thread.name, ops)
 
+    def progressed(self, thread: int) -> None:
+        super().progressed(thread)
+        if self.control is not None and self.control.execution is not None:
+            self.control.execution.current.rests = True
+
     def wait_progress(self, cpu: Cpu, thread: int, n: int) -> None:
         control = self.control
         if control is None or control.execution is None:

@@ -29,11 +29,16 @@ from native import ffi, lib
 
 # Objects that tasks read through calls of the core only, so that the results of the calls tell all they read.
 _BY_CALLS: Final = frozenset(name for name, *_ in OBJECTS.values()) | {
-    "calls", "callbacks done", "custody of table", "custody of tables", "event", "everything", "irq",
-    "mmu_lock waiters", "rcu", "rcu left", "srcu", "srcu left",
+    "calls", "callbacks done", "custody of table", "custody of tables", "everything", "irq",
+    "mmu_lock waiters", "rcu", "rcu left", "srcu left",
 }  # fmt: skip
 # Callers of cpu_relax() that use no value afterwards that they have read before: the loop of KVM_RUN, and
 # user space that calls KVM_RUN again.  The guest's progress tells their place.  Innermost first.
+#
+# A task rests between two operations of the test as well, and a vCPU's between two of its guest.  Counts of
+# completed operations, in the core's memory, tell which come next.  Guest mode uses no variable of the code
+# that has entered the guest, and exit handlers read the exit from the vCPU's memory.  The code between an
+# operation and the first step of the next one keeps nothing that it has read and then changes.
 _RESTING: Final = (
     ("handle_ept_violation", "vmx_handle_exit", "handle_exit", "vcpu_enter_guest"),
     ("vmx_handle_page_fault", "vmx_handle_exit", "handle_exit", "vcpu_enter_guest"),
@@ -166,6 +171,14 @@ class MachineStates:
             word = name[0] if isinstance(name, tuple) else name
             read = self._read[bit] = word not in _BY_CALLS
         return read
+
+    def is_held(self, bit: int) -> bool:
+        return self.control.objects.names[bit][0] in ("lock", "mmu_lock")  # type: ignore[index]
+
+    def is_read_under(self, bit: int) -> bool:
+        # A pCPU's mutex guards the pCPU and the vCPU on it.  Others read these with the mutex, or by calls.
+        name = self.control.objects.names[bit]
+        return self.is_read(bit) and not (isinstance(name, tuple) and str(name[-1]).startswith("pCPU "))
 
 
 def _inside(readers: Readers) -> tuple[tuple[int, int], ...]:

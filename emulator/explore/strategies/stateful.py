@@ -40,6 +40,12 @@ class States(Protocol):
     def is_read(self, bit: int) -> bool:
         """Return whether tasks read an object by other means than the results of calls."""
 
+    def is_held(self, bit: int) -> bool:
+        """Return whether an object is a lock: readers may hold it, and write other objects meanwhile."""
+
+    def is_read_under(self, bit: int) -> bool:
+        """Return whether a writer of a lock may read an object that the lock's readers have written."""
+
 
 class StatefulNode(Node):
     """A node with a state.
@@ -78,9 +84,11 @@ class Stateful(Exhaustive):
         self._numbers: dict[Hashable, int] = {}
         self._histories: list[int] = []  # by task
         self._versions: dict[int, int] = {}  # by object: the history of its last writer
-        # By object: the readers since, each with its history.  They may have written what the object guards
-        # for them, too: a step that writes the object is ordered after them, and may read that.
-        self._readers: dict[int, set[tuple[int, int]]] = {}
+        self._wrote_by: list[int] = []  # by task: the objects that it has written, as a mask
+        # By lock, for its readers since the last writer: the objects that they had written when they touched
+        # it, each with the history of its last writer.  Readers of a lock may write what further locks guard
+        # among them; a step that writes the lock comes after theirs, and may read that without these locks.
+        self._under: dict[int, dict[int, int]] = {}
 
     @property
     def size(self) -> int:
@@ -90,7 +98,8 @@ class Stateful(Exhaustive):
     def begin(self, tasks: int) -> None:
         super().begin(tasks)
         self._histories = [0] * tasks
-        self._versions, self._readers = {}, {}
+        self._wrote_by = [0] * tasks
+        self._versions, self._under = {}, {}
         for node in self.stack[: self._fresh]:
             assert isinstance(node, StatefulNode)
             self._histories[node.chosen] = node.history
@@ -103,8 +112,11 @@ class Stateful(Exhaustive):
         assert isinstance(node, StatefulNode)
         index, versions, is_read = task.index, self._versions, self.states.is_read
         read = tuple(versions.get(bit, 0) for bit in members(node.reads | node.writes) if is_read(bit))
-        after = tuple(frozenset(self._readers.get(bit, ())) for bit in members(node.writes) if is_read(bit))
-        told = (self._histories[index], index, task.label, tuple(task.heard), read, after)
+        under: dict[int, int] = {}
+        for bit in members(node.writes):
+            if bit in self._under:
+                under |= self._under[bit]
+        told = (self._histories[index], index, task.label, tuple(task.heard), read, frozenset(under.items()))
         node.history = self._histories[index] = self._number(told)
         self._accessed_by(node)
         _add(node.below, index, node.reads, node.writes)
@@ -123,11 +135,19 @@ class Stateful(Exhaustive):
         return self._numbers.setdefault(told, len(self._numbers) + 1)
 
     def _accessed_by(self, node: StatefulNode) -> None:
+        index, versions, under, states = node.chosen, self._versions, self._under, self.states
         for bit in members(node.writes):
-            self._versions[bit] = node.history
-            self._readers.pop(bit, None)
-        for bit in members(node.reads & ~node.writes):
-            self._readers.setdefault(bit, set()).add((node.chosen, node.history))
+            versions[bit] = node.history
+            under.pop(bit, None)
+            if states.is_read_under(bit):
+                self._wrote_by[index] |= 1 << bit
+        wrote = self._wrote_by[index]
+        if wrote:
+            for bit in members(node.reads & ~node.writes):
+                if states.is_held(bit):
+                    told = under[bit] = under.get(bit) or {}
+                    for one in members(wrote):
+                        told[one] = versions[one]
 
     def _covered(self, node: Node) -> bool:
         if not self.stack:

@@ -34,6 +34,12 @@ class Exact:
     def is_read(self, bit: int) -> bool:
         return False
 
+    def is_held(self, bit: int) -> bool:
+        return False
+
+    def is_read_under(self, bit: int) -> bool:
+        return False
+
 
 class Told(Exact):
     """The tasks' histories instead of their registers; states are compared when a task is done."""
@@ -52,6 +58,12 @@ class Told(Exact):
         return self.program.execution.tasks[index].done
 
     def is_read(self, bit: int) -> bool:
+        return True
+
+    def is_held(self, bit: int) -> bool:
+        return True
+
+    def is_read_under(self, bit: int) -> bool:
         return True
 
 
@@ -91,11 +103,11 @@ def test_the_same_outcomes_where_readers_of_a_lock_write(tasks: list[list[Op]]) 
 
 
 class ReadersForgotten(Stateful):
-    """A writer's history does not tell which readers came before it."""
+    """A writer's history does not tell the objects that readers before it have written."""
 
     def _accessed_by(self, node: StatefulNode) -> None:
         super()._accessed_by(node)
-        self._readers.clear()
+        self._under.clear()
 
 
 def test_a_writer_may_read_what_the_readers_before_it_wrote() -> None:

@@ -64,7 +64,7 @@ class Tiny:
                     execution.step((kind, x, "write"), mask, mask)
                     shared[x] = shared.get(x, 0) + 1
                 elif kind == "mark":
-                    execution.step((kind, x, "read"), mask, 0)
+                    execution.step((kind, x, "read"), mask, bit(f"{x} of {i}"))
                     shared[f"{x} of {i}"] = 1
                 elif kind == "see":
                     execution.step((kind, x, "write"), 0, mask)
