@@ -17,7 +17,6 @@ from emulator.kernel_tree.on_machine import kicks
 from emulator.kvm.host_work import host_works
 from emulator.kvm.mmu.hugepage import kvm_mmu_max_mapping_level
 from emulator.kvm.structs import Kvm, KvmMemorySlot
-from emulator.kvm.virt import requests
 from emulator.kvm.virt.slots import mark_page_dirty_in_slot
 from emulator.machine.runtime import Cpu, Hook, Machine, MachineError, Mode, timed
 from emulator.points import PointKind
@@ -229,8 +228,8 @@ class Tree:
             return int(core_lib.MACHINE_STOPPED)
 
     def _flush_slot(self, thread: Thread, a: int, b: int, text: Any) -> None:
-        assert thread.slot is not None
-        requests.kvm_flush_remote_tlbs_memslot(thread.cpu, _of(thread), thread.slot, thread.reason)
+        """Check what kvm_flush_remote_tlbs_memslot() asserts; the tree's code flushes then."""
+        assert _of(thread).slots_lock.is_held(thread.cpu), "slots_lock is not held"
 
     def _dirty(self, thread: Thread, a: int, b: int, text: Any) -> None:
         assert thread.slot is not None

@@ -7,17 +7,7 @@
 /* In the tree's kvm_main.c. */
 void kvm_flush_remote_tlbs(void *kvm);
 
-static void flush(unsigned int what, u64 a, u64 b)
-{
-	bool pending = here->unflushed;
-
-	shim_python(what, a, b, NULL);
-	shim_step(STEP_FLUSHED, a, b);
-	here->unflushed = 0;
-	here->flushed_last = pending;
-}
-
-/* 6.1 has these two in mmu.c.  The model's flush a range on Hyper-V, and else call the tree's kvm_flush_remote_tlbs(). */
+/* Flush a range on Hyper-V, and else by the tree's kvm_flush_remote_tlbs(). */
 void kvm_flush_remote_tlbs_with_address(void *kvm, u64 gfn, u64 npages)
 {
 	if (shim_flush_range_on_hyperv(gfn, npages))
@@ -26,9 +16,9 @@ void kvm_flush_remote_tlbs_with_address(void *kvm, u64 gfn, u64 npages)
 
 void kvm_flush_remote_tlbs_memslot(void *kvm, const void *slot)
 {
-	(void)kvm;
 	(void)slot;
-	flush(CALL_FLUSH_SLOT, 0, 0);
+	shim_python(CALL_FLUSH_SLOT, 0, 0, NULL);
+	kvm_flush_remote_tlbs_with_address(kvm, here->api.slot_base, here->api.slot_npages);
 }
 
 void kvm_arch_flush_remote_tlbs_memslot(void *kvm, const void *slot)
