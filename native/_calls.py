@@ -142,6 +142,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "guest_set_smi_handler": Described("m vcpu records n", "anything"),
     "vcpu_set_smm": Described("m vcpu on", "aside"),
     "vcpu_set_paging": Described("m vcpu on", "aside"),
+    "vcpu_set_wp": Described("m vcpu on", "aside"),
     "vcpu_set_tables": Described("m vcpu tables", "aside"),
     "vcpu_set_pdptrs": Described("m vcpu pdptes", "aside"),
     "vcpu_set_pcide": Described("m vcpu on", "aside"),

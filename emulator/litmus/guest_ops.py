@@ -67,6 +67,27 @@ class Write(_Access):
     kind = "WRITE"
 
 
+class _SupervisorAccess(_Access):
+    def check(self, test: LitmusTest, thread: str) -> None:
+        super().check(test, thread)
+        check_shadowed(self, test, thread)
+
+    def instructions(self) -> list[Instruction]:
+        return [Instruction(self.kind, self.number("page") << 12, 1, self.flags | {"supervisor"})]
+
+
+class KernelRead(_SupervisorAccess):
+    verb = "kernel-read"
+    doc = "The guest's kernel reads from linear PAGE, without EPT."
+    kind = "READ"
+
+
+class KernelWrite(_SupervisorAccess):
+    verb = "kernel-write"
+    doc = "The guest's kernel writes to linear PAGE, without EPT; read-only ones too while CR0.WP is clear."
+    kind = "WRITE"
+
+
 class Exec(_Access):
     verb = "exec"
     doc = "The guest fetches an instruction from PAGE. fault: as for `read`."
@@ -384,7 +405,20 @@ class SetSregsCr3(VcpuOp):
         set_sregs(cpu, vcpu, sregs_of(vcpu)._replace(cr3=cr3))
 
 
-GUEST_OPS: tuple[type[Op], ...] = (Read, Write, Exec, Map, Unmap, Protect, Store, Invlpg, Invpcid, MovCr3)
+GUEST_OPS: tuple[type[Op], ...] = (
+    Read,
+    Write,
+    KernelRead,
+    KernelWrite,
+    Exec,
+    Map,
+    Unmap,
+    Protect,
+    Store,
+    Invlpg,
+    Invpcid,
+    MovCr3,
+)
 VCPU_OPS: tuple[type[Op], ...] = (
     Join, Migrate, Preempt, Exit, Smi, Rsm, Init, Cr0, Cr4, Efer, SetSregs, SetSregsCr3
 )  # fmt: skip

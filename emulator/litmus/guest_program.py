@@ -29,6 +29,7 @@ _FLAGS = {
     "dirty": lib.GUEST_OP_DIRTY,
     "apic": lib.GUEST_OP_APIC,
     "fault": lib.GUEST_OP_FAULTS,
+    "supervisor": lib.GUEST_OP_SUPERVISOR,
     "type0": 0,
     "type1": 1,
     "type2": 2,

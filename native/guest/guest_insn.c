@@ -74,6 +74,16 @@ void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on)
 	g->space++;
 }
 
+void vcpu_set_wp(struct machine *m, uint32_t vcpu, int on)
+{
+	struct guest *g = m->vcpus[vcpu].guest;
+
+	if (g->wp_clear == !on)
+		return;
+	g->wp_clear = !on;
+	g->space++;
+}
+
 void vcpu_set_tables(struct machine *m, uint32_t vcpu, uint32_t tables)
 {
 	struct guest *g = m->vcpus[vcpu].guest;

@@ -79,6 +79,10 @@ void vcpu_set_smm(struct machine *m, uint32_t vcpu, int on);
 /* Set or clear CR0.PG. */
 /* call: aside */
 void vcpu_set_paging(struct machine *m, uint32_t vcpu, int on);
+/* Set or clear CR0.WP.  While it is clear, the guest's kernel may write to pages that its tables map read-only (SDM vol. 3A,
+ * 4.6.1).  A new vCPU's is set. */
+/* call: aside */
+void vcpu_set_wp(struct machine *m, uint32_t vcpu, int on);
 /* Set the paging mode that applies while CR0.PG is set (enum guest_tables). */
 /* call: aside */
 void vcpu_set_tables(struct machine *m, uint32_t vcpu, uint32_t tables);

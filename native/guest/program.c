@@ -12,6 +12,7 @@
 #include "guest/access.h"
 #include "guest/guest_apic.h"
 #include "guest/guest_ept12.h"
+#include "guest/guest_fault.h"
 #include "guest/guest_mapping.h"
 #include "guest/guest_nested.h"
 #include "guest/guest_os.h"
@@ -26,6 +27,7 @@
 #include "vm/vm.h"
 #include "walk/vmcs.h"
 #include "walk/walk.h"
+#include "walk/walk_shadow.h"
 
 enum {
 	SPINS_IN_GUEST = 256,
@@ -214,13 +216,34 @@ static bool emulated(struct walk *w, uint64_t record)
 	return done;
 }
 
+/* Access a page as the guest's kernel does.  The first level of the TLB serves user mode alone. */
+static enum walk_result supervisor_access(struct walk *w, uint64_t record, uint32_t type)
+{
+	struct tlb_entry e;
+	enum walk_result r;
+
+	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
+	w->supervisor = true;
+	r = walk_shadow_cached(w, w->linear >> 12, type, &e);
+	w->supervisor = false;
+	if (r == WALK_DONE)
+		guest_store(w, record, &e);
+	else if (r == WALK_EXIT && type == ACCESS_WRITE)
+		guest_store_faulted(w, w->guest->clock);
+	return r == WALK_SKIPPED ? WALK_DONE : r;
+}
+
 static enum walk_result do_access(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)
 {
 	uint64_t record = (uint64_t)op->kind << 62 | (op->linear & UINT64_C(0xffffffffffff));
 	bool is_apic = op->flags & GUEST_OP_APIC;
 	enum walk_result r = WALK_DONE;
 
-	if (!emulated(w, record))
+	if (emulated(w, record))
+		r = WALK_DONE;
+	else if (op->flags & GUEST_OP_SUPERVISOR && !w->vmcs->ept)
+		r = supervisor_access(w, record, op->kind);
+	else
 		r = is_apic || w->vmcs->apic_page ? apic_access(w, record, is_apic) : accesses_one(w, record);
 	a->polls++;
 	a->lookups++;

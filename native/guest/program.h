@@ -12,7 +12,7 @@
 /* api */
 enum guest_op_kind {
 	GUEST_OP_READ,       /* linear: address (guest-physical without paging); flags, also of the next two: GUEST_OP_APIC,
-			      * GUEST_OP_FAULTS */
+			      * GUEST_OP_FAULTS, GUEST_OP_SUPERVISOR */
 	GUEST_OP_WRITE,
 	GUEST_OP_EXECUTE,
 	GUEST_OP_INVLPG,     /* linear */
@@ -44,6 +44,7 @@ enum guest_op_flag {
 	GUEST_OP_APIC = 32, /* the guest accesses its APIC: EXIT_APIC_ACCESS */
 	GUEST_OP_FAULTS = 64, /* without EPT: KVM injects a page fault, and the guest goes on behind the access; an access
 			       * that gets its translation is EXIT_TRIPLE_FAULT */
+	GUEST_OP_SUPERVISOR = 128, /* without EPT: the guest's kernel accesses the page, not user mode */
 };
 
 enum { MACHINE_SIGNALS = 64 };

@@ -127,7 +127,8 @@ enum guest_agreement guest_contradicts(const struct vcpu *vcpu, const struct tlb
 	if (!gp)
 		return GUEST_AGREES;
 	now = guest_mapping_of(gp);
-	if (now.gfn == gfn && (type != ACCESS_WRITE || now.writable))
+	/* With CR0.WP clear the kernel may write whatever the tables say; user mode may not. */
+	if (now.gfn == gfn && (type != ACCESS_WRITE || now.writable || (entry->supervisor && g->wp_clear)))
 		return GUEST_AGREES;
 	return agreed_before(g, page, gfn) ? GUEST_AGREED : GUEST_CONTRADICTS;
 }

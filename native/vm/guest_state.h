@@ -285,6 +285,7 @@ struct guest {
 	uint64_t cr3_gfn;
 	uint16_t pcid;
 	uint32_t tables;       /* enum guest_tables */
+	bool wp_clear;         /* CR0.WP */
 	uint64_t pdpte[GUEST_PDPTES];
 	struct guest_process process[GUEST_PROCESSES];
 	uint32_t processes;

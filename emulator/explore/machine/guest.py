@@ -23,6 +23,7 @@ _FLAGS = (
     "GUEST_OP_DIRTY",
     "GUEST_OP_APIC",
     "GUEST_OP_FAULTS",
+    "GUEST_OP_SUPERVISOR",
 )
 
 EXIT_REASONS: Final[int] = lib.EXIT_REASONS

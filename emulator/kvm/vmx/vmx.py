@@ -13,6 +13,7 @@ from emulator.kvm.kvm_host import (
     EFER_LME,
     PG_LEVEL_256T,
     X86_CR0_PG,
+    X86_CR0_WP,
     X86_CR4_PAE,
     X86_CR4_PSE,
 )
@@ -265,7 +266,7 @@ def vmx_vcpu_reset(cpu: Cpu, vcpu: Vcpu) -> None:
 
 
 def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
-    """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off.
+    """vmx_set_cr0(), with an unrestricted guest: turn its paging on or off, and set or clear its CR0.WP.
 
     The core's guest hears nothing in SMM and during RSM, because it has no paging there.  Clearing CR0.PG
     invalidates all linear mappings, and while it is clear none is cached.  So either change of the bit
@@ -275,6 +276,7 @@ def vmx_set_cr0(cpu: Cpu, vcpu: Vcpu, old_cr0: int, cr0: int) -> None:
     if arch.efer & EFER_LME and (cr0 ^ old_cr0) & X86_CR0_PG:
         # enter_lmode(), exit_lmode()
         arch.efer = arch.efer | EFER_LMA if cr0 & X86_CR0_PG else arch.efer & ~EFER_LMA
+    lib.vcpu_set_wp(cpu.m, vcpu.id, bool(cr0 & X86_CR0_WP))
     if (cr0 ^ old_cr0) & X86_CR0_PG and not vcpu.arch.smm and not vcpu.arch.leaving_smm:
         lib.vcpu_set_paging(cpu.m, vcpu.id, bool(cr0 & X86_CR0_PG))
         lib.guest_invalidates_all(cpu.m, vcpu.id)

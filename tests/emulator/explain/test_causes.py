@@ -171,6 +171,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "shadow-sync-keeps-rights": ("shadow-protect", SYNCED, ""),
     "shadow-sync-makes-writable": ("shadow-sync-two-tables", TABLE_PROTECTED, ""),
     "shadow-yield-without-flush": ("shadow-unmap-yields", FLUSH, ""),
+    "shadow-wp-user-writes": ("shadow-wp-user", SYNCED, ""),
     "shadow-zap-forgets-space": ("shadow-zap-two-spaces", FLUSH, ""),
     "shadow-invlpg-without-sync": ("shadow-invlpg", SYNCED, ""),
     "shadow-link-before-sync": ("shadow-shared-tables", SYNCED, ""),
