@@ -42,6 +42,7 @@ PointKind = Literal[
     "up",
     "vcpu->cpu",
     "write_flooding",
+    "write_track",
 ]
 
 _READ: Final = ("read",)
@@ -82,5 +83,6 @@ POINTS: Final[dict[PointKind, tuple[str, ...]]] = {
     "unsync": _BOTH,
     "up": _BOTH,
     "vcpu->cpu": _BOTH,
-    "write_flooding": _WRITE,
+    "write_flooding": _BOTH,
+    "write_track": _BOTH,
 }

@@ -35,8 +35,7 @@ def emulate_store(cpu: Cpu, vcpu: Vcpu, linear: int, error_code: int) -> int:
     if not lib.guest_store_value(cpu.m, vcpu.id, value):
         kvm_mmu_unprotect_gfn(cpu, kvm, gfn)
         return RET_PF_RETRY
-    cpu.point("memslots", kvm.id, "read")
-    slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+    slot = gfn_to_memslot(cpu, kvm, gfn, int(vcpu.arch.smm))
     if slot is None:
         return RET_PF_EMULATE
     if not kvm_write_guest_word(cpu, kvm, slot, gfn, WordIndex(index), value[0]):

@@ -89,8 +89,7 @@ def load_pdptrs(cpu: Cpu, vcpu: Vcpu, cr3: int) -> bool:
     """
     kvm = vcpu.kvm
     gfn = Gfn(cr3 >> 12)
-    cpu.point("memslots", kvm.id, "read")
-    slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+    slot = gfn_to_memslot(cpu, kvm, gfn, int(vcpu.arch.smm))
     if slot is None or not kvm_is_visible_memslot(slot):
         return False
     at = WordIndex((cr3 & 0xFE0) // 8)

@@ -54,6 +54,6 @@ def entry_of(gfn: int, level: int) -> tuple[int, int]:
 
 
 def _write(cpu: Cpu, kvm: Kvm, table: int, index: int, entry: int) -> None:
-    slot = gfn_to_memslot(kvm, Gfn(table))
+    slot = gfn_to_memslot(cpu, kvm, Gfn(table))
     assert slot is not None
     assert kvm_write_guest_word(cpu, kvm, slot, Gfn(table), WordIndex(index), entry)

@@ -19,8 +19,10 @@ from emulator.explore.engine.slots import Slot, StandIn
 from emulator.explore.machine.races import Races
 from emulator.host.memory import UserMemory
 from emulator.kvm import structs
+from emulator.kvm.mmu import shadow_structs
 from emulator.kvm.mmu import structs as mmu_structs
 from emulator.kvm.vmx.vmcs import LoadedVmcs
+from emulator.kvm.vmx.vmcs12 import NestedVmx, Vmcs12
 from emulator.machine.locks import Refcount
 from emulator.machine.runtime import Cpu, Machine
 from emulator.policy.imports import is_patchable
@@ -32,7 +34,12 @@ CLASSES: Final[tuple[type, ...]] = (
     structs.VcpuArch,
     mmu_structs.KvmMmu,
     mmu_structs.KvmMmuPage,
+    shadow_structs.ShadowPage,
+    shadow_structs.KvmShadowArch,
+    shadow_structs.SlotArch,
     LoadedVmcs,
+    Vmcs12,
+    NestedVmx,
     structs.KvmMemslots,
     structs.KvmMemorySlot,
     Refcount,

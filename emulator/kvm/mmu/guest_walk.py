@@ -294,8 +294,7 @@ def _read_tables(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, addr: int, pfec: int) -> 
     for level in span(walker.max_level, Level(0), -1):
         walker.level = level
         table_gfn = fmt.gpte_to_gfn(pte)
-        cpu.point("memslots", kvm.id, "read")
-        slot = gfn_to_memslot(kvm, table_gfn, int(vcpu.arch.smm))
+        slot = gfn_to_memslot(cpu, kvm, table_gfn, int(vcpu.arch.smm))
         walker.table_gfn[level] = table_gfn
         walker.pt_access[level] = access
         read = None
@@ -331,8 +330,7 @@ def update_accessed_dirty_bits(
             pte |= fmt.dirty_mask
         if pte == orig:
             continue
-        cpu.point("memslots", kvm.id, "read")
-        slot = gfn_to_memslot(kvm, walker.table_gfn[level], int(vcpu.arch.smm))
+        slot = gfn_to_memslot(cpu, kvm, walker.table_gfn[level], int(vcpu.arch.smm))
         assert slot is not None
         swapped = kvm_cmpxchg_guest_entry(
             cpu, kvm, slot, walker.table_gfn[level], fmt.index(addr, level), fmt.entry_bytes, orig, pte
@@ -350,8 +348,7 @@ def gpte_changed(cpu: Cpu, vcpu: Vcpu, w: KvmPagewalk, walker: GuestWalker, addr
     In a last table read its neighbours as well, for pte_prefetch(): from here on KVM sees the guest's stores.
     """
     fmt, table_gfn = w.fmt, walker.table_gfn[level]
-    cpu.point("memslots", vcpu.kvm.id, "read")
-    slot = gfn_to_memslot(vcpu.kvm, table_gfn, int(vcpu.arch.smm))
+    slot = gfn_to_memslot(cpu, vcpu.kvm, table_gfn, int(vcpu.arch.smm))
     if slot is None:
         return True
     index = fmt.index(addr, level)

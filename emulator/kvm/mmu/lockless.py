@@ -120,6 +120,9 @@ def shadow_page_table_clear_flood(cpu: Cpu, vcpu: Vcpu, addr: int) -> None:
 
 
 def clear_sp_write_flooding_count(cpu: Cpu, sp: ShadowPage) -> None:
-    """clear_sp_write_flooding_count(), for callers without mmu_lock."""
-    cpu.point("write_flooding", sp.hfn, "write")
+    """clear_sp_write_flooding_count(), also without mmu_lock.
+
+    Two of them may come in any order, so that it takes the place of a read beside detect_write_flooding().
+    """
+    cpu.point("write_flooding", sp.hfn, "read")
     sp.write_flooding_count = 0

@@ -22,6 +22,7 @@ from emulator.kvm.mmu.shadow_spte import (
 )
 from emulator.kvm.mmu.shadow_structs import Sptep
 from emulator.kvm.structs import Kvm, Vcpu, tdp_enabled
+from emulator.kvm.virt.slots import kvm_memslots
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import Gfn
@@ -42,8 +43,7 @@ _GFN_MASK: Final = (1 << _LOW_SHIFT - _GFN_SHIFT) - 1
 
 def make_mmio_spte(cpu: Cpu, kvm: Kvm, as_id: int, gfn: Gfn) -> int:
     """make_mmio_spte(): return the SPTE of the gfn for the present generation of the memslots."""
-    cpu.point("memslots", kvm.id, "read")
-    gen = kvm.memslots[as_id].generation & MMIO_SPTE_GEN_MASK
+    gen = kvm_memslots(cpu, kvm, as_id).generation & MMIO_SPTE_GEN_MASK
     high = gen >> MMIO_SPTE_GEN_LOW_BITS
     return 1 << lib.SPTE_MMIO_BIT | gfn << _GFN_SHIFT | (gen & _LOW_MASK) << _LOW_SHIFT | high << _HIGH_SHIFT
 
@@ -69,8 +69,7 @@ def check_mmio_spte(cpu: Cpu, vcpu: Vcpu, spte: int) -> bool:
 
     While they are being replaced, none counts.
     """
-    cpu.point("memslots", vcpu.kvm.id, "read")
-    gen = vcpu.kvm.memslots[int(vcpu.arch.smm)].generation
+    gen = kvm_memslots(cpu, vcpu.kvm, int(vcpu.arch.smm)).generation
     if gen & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
         return False
     return gen & MMIO_SPTE_GEN_MASK == get_mmio_spte_generation(spte)

@@ -84,8 +84,7 @@ def kvm_mmu_page_fault(
         error_code = ept_error_code(access)
     fault = KvmPageFault(addr, access, present, error_code, is_tdp=is_tdp)
     if vcpu.mmu.root_role.direct:
-        cpu.point("memslots", vcpu.kvm.id, "read")
-        fault.slot = gfn_to_memslot(vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
+        fault.slot = gfn_to_memslot(cpu, vcpu.kvm, fault.gfn, kvm_arch_vcpu_memslots_id(vcpu))
     handler = vcpu.mmu.page_fault
     assert handler is not None
     r = handle_mmio_page_fault(cpu, vcpu, addr) if fault.rsvd else RET_PF_INVALID
@@ -115,7 +114,7 @@ def kvm_arch_vcpu_memslots_id(vcpu: Vcpu) -> int:
 def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """kvm_tdp_page_fault(), kvm_tdp_mmu_page_fault()"""
     kvm = vcpu.kvm
-    if page_fault_handle_page_track(kvm, fault):
+    if page_fault_handle_page_track(cpu, kvm, fault):
         return RET_PF_WRITE_PROTECTED
     r = fast_page_fault(cpu, vcpu, fault)
     if r != RET_PF_INVALID:
@@ -137,11 +136,11 @@ def kvm_tdp_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
             return ENOMEM
 
 
-def page_fault_handle_page_track(kvm: Kvm, fault: KvmPageFault) -> bool:
+def page_fault_handle_page_track(cpu: Cpu, kvm: Kvm, fault: KvmPageFault) -> bool:
     """page_fault_handle_page_track(): return whether the guest writes to a page that must stay read-only."""
     if fault.rsvd or not fault.present or not fault.write:
         return False
-    return kvm_gfn_is_write_tracked(kvm, fault.slot, fault.gfn)
+    return kvm_gfn_is_write_tracked(cpu, kvm, fault.slot, fault.gfn)
 
 
 def page_fault_can_be_fast(kvm: Kvm, fault: KvmPageFault) -> bool:

@@ -15,34 +15,36 @@ from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.tdp_dirty import kvm_tdp_mmu_write_protect_gfn
 from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps, tdp_mmu_enabled
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
+from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, smp_mb
 from native import lib
 from native.types import Gfn, Level, span
 
 
-def slots_of_gfn(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn) -> Iterator[KvmMemorySlot]:
+def slots_of_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn) -> Iterator[KvmMemorySlot]:
     """Yield `slot`, and the slot of the other address space that gfn is in, if any.
 
     A table is counted in the slot of its shadow page's role only, but the guest can store to it in SMM and
     outside of SMM.
     """
     yield slot
-    other = kvm.memslots[slot.as_id ^ 1].search(gfn)
+    other = gfn_to_memslot(cpu, kvm, gfn, slot.as_id ^ 1)
     if other is not None:
         yield other
 
 
-def kvm_gfn_is_write_tracked(kvm: Kvm, slot: KvmMemorySlot | None, gfn: Gfn) -> bool:
+def kvm_gfn_is_write_tracked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot | None, gfn: Gfn) -> bool:
     """kvm_gfn_is_write_tracked().  Faults also ask it before they take mmu_lock."""
-    return slot is not None and any(
-        one.arch.gfn_write_track.get(gfn, 0) for one in slots_of_gfn(kvm, slot, gfn)
-    )
+    if slot is None or not kvm_memslots_have_rmaps(kvm):  # kvm_page_track_write_tracking_enabled()
+        return False
+    cpu.point("write_track", (kvm.id, gfn), "read")
+    return any(one.arch.gfn_write_track.get(gfn, 0) for one in slots_of_gfn(cpu, kvm, slot, gfn))
 
 
-def kvm_gfn_is_lpage_allowed(kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, level: Level) -> bool:
+def kvm_gfn_is_lpage_allowed(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn, level: Level) -> bool:
     """kvm_gfn_is_lpage_allowed()"""
     key = (level, gfn & -kvm_pages_per_hpage(level))
-    return not any(one.arch.disallow_lpage.get(key, 0) for one in slots_of_gfn(kvm, slot, gfn))
+    return not any(one.arch.disallow_lpage.get(key, 0) for one in slots_of_gfn(cpu, kvm, slot, gfn))
 
 
 def _update_gfn_disallow_lpage_count(slot: KvmMemorySlot, gfn: Gfn, count: int) -> None:
@@ -94,10 +96,10 @@ def account_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     cpu.point("indirect_shadow_pages", kvm.id, "write")
     kvm.shadow.indirect_shadow_pages += 1
     smp_mb(cpu)
-    cpu.point("memslots", kvm.id, "read")
-    slot = gfn_to_slot_of_role(kvm, sp.gfn, sp.role)
+    slot = gfn_to_slot_of_role(cpu, kvm, sp.gfn, sp.role)
     tracked = sp.role.level > PG_LEVEL_4K
     if tracked:
+        cpu.point("write_track", (kvm.id, sp.gfn), "write")
         slot.arch.gfn_write_track[sp.gfn] = slot.arch.gfn_write_track.get(sp.gfn, 0) + 1
     kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
     if kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
@@ -119,9 +121,9 @@ def unaccount_shadowed(cpu: Cpu, kvm: Kvm, sp: ShadowPage) -> None:
     """unaccount_shadowed(): the page shadows the table no longer.  SPTEs gain W by faults only."""
     cpu.point("indirect_shadow_pages", kvm.id, "write")
     kvm.shadow.indirect_shadow_pages -= 1
-    cpu.point("memslots", kvm.id, "read")
-    slot = gfn_to_slot_of_role(kvm, sp.gfn, sp.role)
+    slot = gfn_to_slot_of_role(cpu, kvm, sp.gfn, sp.role)
     if sp.role.level > PG_LEVEL_4K:
+        cpu.point("write_track", (kvm.id, sp.gfn), "write")
         left = slot.arch.gfn_write_track[sp.gfn] - 1
         if left:
             slot.arch.gfn_write_track[sp.gfn] = left

@@ -31,7 +31,11 @@ from emulator.kvm.mmu.guest_walk import (
     walk_addr,
 )
 from emulator.kvm.mmu.hugepage import kvm_mmu_hugepage_adjust
-from emulator.kvm.mmu.lockless import kvm_mmu_is_dummy_root, shadow_page_table_clear_flood
+from emulator.kvm.mmu.lockless import (
+    clear_sp_write_flooding_count,
+    kvm_mmu_is_dummy_root,
+    shadow_page_table_clear_flood,
+)
 from emulator.kvm.mmu.mmio import sync_mmio_spte
 from emulator.kvm.mmu.page_fault import (
     is_page_fault_stale,
@@ -106,7 +110,7 @@ def fetch(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault, walker: GuestWalker) -> int
     adjusted = False
     for sptep in shadow_walk(cpu, vcpu, fault.addr):
         level = sptep.sp.role.level
-        sptep.sp.write_flooding_count = 0
+        clear_sp_write_flooding_count(cpu, sptep.sp)
         if level > walker.level:
             if not _link_table(cpu, vcpu, fault, walker, sptep):
                 return RET_PF_RETRY
@@ -206,9 +210,8 @@ def paging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
         return RET_PF_INJECTED
     fault.gfn = walker.gfn
     fault.max_level = walker.level
-    cpu.point("memslots", kvm.id, "read")
-    fault.slot = gfn_to_memslot(kvm, fault.gfn, int(vcpu.arch.smm))
-    if page_fault_handle_page_track(kvm, fault):
+    fault.slot = gfn_to_memslot(cpu, kvm, fault.gfn, int(vcpu.arch.smm))
+    if page_fault_handle_page_track(cpu, kvm, fault):
         shadow_page_table_clear_flood(cpu, vcpu, fault.addr)
         return RET_PF_WRITE_PROTECTED
     r = kvm_mmu_faultin_pfn(cpu, vcpu, fault)
@@ -250,8 +253,7 @@ def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: SpteIndex) -> 
     """
     kvm, w = vcpu.kvm, pagewalk_of(vcpu.mmu)
     fmt, sptep, gpte = w.fmt, Sptep(sp, index), None
-    cpu.point("memslots", kvm.id, "read")
-    slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
+    slot = gfn_to_memslot(cpu, kvm, sp.gfn, int(vcpu.arch.smm))
     if slot is not None:
         at = first_gpte(sp) + index
         gpte = kvm_read_guest_entry_atomic(cpu, kvm, slot, sp.gfn, at, fmt.entry_bytes)
@@ -271,8 +273,7 @@ def paging_sync_spte(cpu: Cpu, vcpu: Vcpu, sp: ShadowPage, index: SpteIndex) -> 
         return 0
     sp.shadowed_access[index] = access
     spte = spte_of(cpu, sptep)
-    cpu.point("memslots", kvm.id, "read")
-    page_slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+    page_slot = gfn_to_memslot(cpu, kvm, gfn, int(vcpu.arch.smm))
     assert page_slot is not None
     new_spte, _ = make_shadow_spte(
         cpu, kvm, sp, page_slot, access, gfn, spte_rights(spte), spte, prefetch=True, synchronizing=True

@@ -19,6 +19,7 @@ from emulator.kvm.mmu.spte import is_shadow_present_pte
 from emulator.kvm.mmu.structs import KvmMmuPageRole
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs, kvm_flush_remote_tlbs_range
+from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import FlushReason, Gfn, Level, span
@@ -35,9 +36,9 @@ def gfn_to_rmap(slot: KvmMemorySlot, gfn: Gfn, level: Level) -> RmapHead:
     return slot.arch.rmap.setdefault((level, gfn & -kvm_pages_per_hpage(level)), [])
 
 
-def gfn_to_slot_of_role(kvm: Kvm, gfn: Gfn, role: KvmMmuPageRole) -> KvmMemorySlot:
+def gfn_to_slot_of_role(cpu: Cpu, kvm: Kvm, gfn: Gfn, role: KvmMmuPageRole) -> KvmMemorySlot:
     """kvm_memslots_for_spte_role(), __gfn_to_memslot(): the role tells the address space, not a vCPU."""
-    slot = kvm.memslots[role.smm].search(gfn)
+    slot = gfn_to_memslot(cpu, kvm, gfn, role.smm)
     assert slot is not None, f"gfn {gfn:#x} is in use, but in no memslot"
     return slot
 
@@ -60,8 +61,7 @@ def drop_spte(cpu: Cpu, kvm: Kvm, sptep: Sptep) -> None:
     if is_shadow_present_pte(mmu_spte_clear_track_bits(cpu, kvm, sptep)):
         sp = sptep.sp
         gfn = kvm_mmu_page_get_gfn(cpu, sp, sptep.idx)
-        cpu.point("memslots", kvm.id, "read")
-        gfn_to_rmap(gfn_to_slot_of_role(kvm, gfn, sp.role), gfn, sp.role.level).remove(sptep)
+        gfn_to_rmap(gfn_to_slot_of_role(cpu, kvm, gfn, sp.role), gfn, sp.role.level).remove(sptep)
 
 
 def for_each_rmap_spte(cpu: Cpu, kvm: Kvm, rmap_head: RmapHead) -> Iterator[Sptep]:

@@ -171,13 +171,13 @@ def elides_spte_replace(cpu: Cpu, kvm: Kvm, gfn: Gfn) -> bool:
 
 
 def gfn_to_memslot_dirty_bitmap(
-    kvm: Kvm, gfn: Gfn, as_id: int, *, no_dirty_log: bool
+    cpu: Cpu, kvm: Kvm, gfn: Gfn, as_id: int, *, no_dirty_log: bool
 ) -> KvmMemorySlot | None:
-    """gfn_to_memslot_dirty_bitmap(): return the slot if a page of it may be mapped before it is used.
+    """gfn_to_memslot_dirty_bitmap(cpu, ): return the slot if a page of it may be mapped before it is used.
 
     A page that is mapped writable is marked dirty, so no page of a logged slot may be.
     """
-    slot = gfn_to_memslot(kvm, gfn, as_id)
+    slot = gfn_to_memslot(cpu, kvm, gfn, as_id)
     if slot is None or slot.invalid or (no_dirty_log and slot.dirty_track_enabled()):
         return None
     return slot
@@ -209,8 +209,7 @@ def kvm_prefetch_pages(
 def kvm_mmu_prefetch_sptes(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, sptep: Sptep, nr_pages: int, access: int) -> bool:
     """kvm_mmu_prefetch_sptes(): map pages that the guest has not asked for; return False if none could be."""
     kvm, as_id = vcpu.kvm, int(vcpu.arch.smm)
-    cpu.point("memslots", kvm.id, "read")
-    slot = gfn_to_memslot_dirty_bitmap(kvm, gfn, as_id, no_dirty_log=bool(access & ACC_WRITE_MASK))
+    slot = gfn_to_memslot_dirty_bitmap(cpu, kvm, gfn, as_id, no_dirty_log=bool(access & ACC_WRITE_MASK))
     if slot is None:
         return False
     found = kvm_prefetch_pages(cpu, kvm, slot, gfn, nr_pages)
@@ -294,7 +293,7 @@ def direct_map(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
 
 def nonpaging_page_fault(cpu: Cpu, vcpu: Vcpu, fault: KvmPageFault) -> int:
     """nonpaging_page_fault(), direct_page_fault(): the linear address is a guest-physical one."""
-    if page_fault_handle_page_track(vcpu.kvm, fault):
+    if page_fault_handle_page_track(cpu, vcpu.kvm, fault):
         return RET_PF_WRITE_PROTECTED
     r = fast_page_fault(cpu, vcpu, fault)
     if r != RET_PF_INVALID:

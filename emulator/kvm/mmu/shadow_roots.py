@@ -183,8 +183,7 @@ def mmu_alloc_shadow_roots(cpu: Cpu, vcpu: Vcpu) -> None:
     kvm, mmu = vcpu.kvm, vcpu.mmu
     pgd = pagewalk_of(mmu).guest_pgd(vcpu)
     gfn = PAGING64.gpte_to_gfn(pgd)
-    cpu.point("memslots", kvm.id, "read")
-    if not kvm_is_visible_memslot(gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))):
+    if not kvm_is_visible_memslot(gfn_to_memslot(cpu, kvm, gfn, int(vcpu.arch.smm))):
         mmu.root = KvmMmuRootInfo(pgd=pgd, hfn=kvm_mmu_get_dummy_root(cpu, kvm), sp=None)
         return
     mmu_alloc_special_roots(cpu, mmu)
@@ -212,8 +211,7 @@ def mmu_alloc_pae_roots(cpu: Cpu, vcpu: Vcpu, root_gfn: Gfn) -> Hfn:
     for quarter in range(4):
         pdpte = w.pdptr(vcpu, quarter)
         gfn = w.fmt.gpte_to_gfn(pdpte) if pae else root_gfn
-        cpu.point("memslots", kvm.id, "read")
-        slot = gfn_to_memslot(kvm, gfn, int(vcpu.arch.smm))
+        slot = gfn_to_memslot(cpu, kvm, gfn, int(vcpu.arch.smm))
         if pae and not (pdpte & PT_PRESENT_MASK and kvm_is_visible_memslot(slot)):
             continue
         root = mmu_alloc_root(cpu, vcpu, gfn, PG_LEVEL_2M, 0 if pae else quarter)

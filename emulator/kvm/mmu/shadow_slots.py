@@ -6,7 +6,7 @@ mmu.py calls these before the TDP MMU's.  Under mmu_lock held for write.
 from __future__ import annotations
 
 from emulator.kvm.bitops import for_each_set_bit
-from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_4K
+from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, KVM_MAX_NR_ADDRESS_SPACES, PG_LEVEL_4K
 from emulator.kvm.mmu.hugepage import kvm_mmu_max_mapping_level
 from emulator.kvm.mmu.rmap import (
     RmapHead,
@@ -24,6 +24,7 @@ from emulator.kvm.mmu.shadow import (
 from emulator.kvm.mmu.shadow_spte import mmu_spte_clear_track_bits
 from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs_memslot
+from emulator.kvm.virt.slots import kvm_memslots
 from emulator.machine.runtime import Cpu
 from native import lib
 from native.types import FlushReason, Gfn, Level
@@ -34,8 +35,8 @@ def shadow_zap_gfn_range(cpu: Cpu, kvm: Kvm, start: Gfn, end: Gfn, reason: Flush
     flush = False
     if not kvm_memslots_have_rmaps(kvm):
         return flush
-    for slots in kvm.memslots:
-        for slot in slots.slots:
+    for as_id in range(KVM_MAX_NR_ADDRESS_SPACES):
+        for slot in kvm_memslots(cpu, kvm, as_id).slots:
             first, last = max(start, slot.base_gfn), min(end, slot.end_gfn)
             if first < last:
                 flush = kvm_rmap_zap_gfn_range(cpu, kvm, slot, first, last, reason, flush=flush)

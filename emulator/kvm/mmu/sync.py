@@ -8,7 +8,7 @@ again.  The functions need mmu_lock held for write, unless their docstrings say 
 from __future__ import annotations
 
 from emulator.kvm.kvm_host import KVM_REQ_MMU_SYNC, PG_LEVEL_2M, PG_LEVEL_4K, SPTE_ENT_PER_PAGE
-from emulator.kvm.mmu.lockless import shadow_walk_root
+from emulator.kvm.mmu.lockless import clear_sp_write_flooding_count, shadow_walk_root
 from emulator.kvm.mmu.page_track import (
     kvm_gfn_is_lpage_allowed,
     kvm_gfn_is_write_tracked,
@@ -52,9 +52,9 @@ def mmu_try_to_unsync_pages(
     has written to the table and then flushes looks at the marks without a lock (is_unsync_root).  While such
     a flush is being emulated (`synchronizing`) no page becomes unsync again.
     """
-    if kvm_gfn_is_write_tracked(kvm, slot, gfn):
+    if kvm_gfn_is_write_tracked(cpu, kvm, slot, gfn):
         return False
-    if kvm_gfn_is_lpage_allowed(kvm, slot, gfn, PG_LEVEL_2M):
+    if kvm_gfn_is_lpage_allowed(cpu, kvm, slot, gfn, PG_LEVEL_2M):
         return True  # a gfn with a shadow page disallows huge pages
     for sp in for_each_gfn_valid_sp_with_gptes(kvm, gfn):
         if synchronizing:
@@ -121,8 +121,7 @@ def mmu_sync_children(cpu: Cpu, vcpu: Vcpu, parent: ShadowPage, *, can_yield: bo
     while unsync := unsync_leafs(cpu, kvm, parent):
         protected = False
         for sp in unsync:
-            cpu.point("memslots", kvm.id, "read")
-            slot = gfn_to_memslot(kvm, sp.gfn, int(vcpu.arch.smm))
+            slot = gfn_to_memslot(cpu, kvm, sp.gfn, int(vcpu.arch.smm))
             assert slot is not None
             protected |= kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K)
         if protected:
@@ -204,7 +203,7 @@ def kvm_mmu_find_shadow_page(cpu: Cpu, vcpu: Vcpu, gfn: Gfn, role: KvmMmuPageRol
                 break
             if changed:
                 kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_PROTECT)
-        sp.write_flooding_count = 0
+        clear_sp_write_flooding_count(cpu, sp)
         found = sp
         break
     kvm_mmu_commit_zap_page(cpu, kvm, invalid_list)

@@ -10,9 +10,11 @@ Ranges are host virtual pages, [start, end).
 from __future__ import annotations
 
 from emulator.kvm.accounting import flush_elided
+from emulator.kvm.kvm_host import KVM_MAX_NR_ADDRESS_SPACES
 from emulator.kvm.mmu.mmu import kvm_age_gfn, kvm_mmu_invalidate_start, kvm_unmap_gfn_range
 from emulator.kvm.structs import Kvm, KvmMemorySlot
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
+from emulator.kvm.virt.slots import kvm_memslots
 from emulator.machine.runtime import Cpu, wake
 from native import lib
 from native.types import NO_TICKET, CpuId, Gfn, Hva, PromiseKind
@@ -20,14 +22,14 @@ from native.types import NO_TICKET, CpuId, Gfn, Hva, PromiseKind
 GfnRange = tuple[KvmMemorySlot, Gfn, Gfn]
 
 
-def kvm_for_each_memslot_in_hva_range(kvm: Kvm, start: Hva, end: Hva) -> list[GfnRange]:
+def kvm_for_each_memslot_in_hva_range(cpu: Cpu, kvm: Kvm, start: Hva, end: Hva) -> list[GfnRange]:
     """kvm_for_each_memslot_in_hva_range(), under SRCU: return each slot that the range touches, with gfns.
 
     All address spaces are searched, and INVALID slots are included.
     """
     ranges = []
-    for slots in kvm.memslots:
-        for slot in slots.slots:
+    for as_id in range(KVM_MAX_NR_ADDRESS_SPACES):
+        for slot in kvm_memslots(cpu, kvm, as_id).slots:
             hva_start = max(start, slot.userspace_addr)
             hva_end = min(end, slot.userspace_addr + slot.npages)
             if hva_start < hva_end:
@@ -47,8 +49,7 @@ def kvm_mmu_notifier_invalidate_range_start(
         kvm.mn_active_invalidate_count += 1
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
-        cpu.point("memslots", kvm.id, "read")
-        ranges = kvm_for_each_memslot_in_hva_range(kvm, start, end)
+        ranges = kvm_for_each_memslot_in_hva_range(cpu, kvm, start, end)
         if ranges:
             kvm_handle_hva_range(cpu, kvm, ranges)
         for _, gfn_start, gfn_end in ranges:
@@ -93,8 +94,7 @@ def kvm_mmu_notifier_invalidate_range_end(cpu: Cpu, kvm: Kvm, start: Hva, end: H
     """
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
-        cpu.point("memslots", kvm.id, "read")
-        if kvm_for_each_memslot_in_hva_range(kvm, start, end):
+        if kvm_for_each_memslot_in_hva_range(cpu, kvm, start, end):
             with kvm.mmu_lock.write_lock(cpu):
                 if kvm.mn_flush_at_end:
                     kvm.mn_flush_at_end = False
@@ -135,8 +135,7 @@ def kvm_age_hva_range(cpu: Cpu, kvm: Kvm, start: Hva, end: Hva, *, flush_on_ret:
     """
     index = cpu.check(lib.srcu_read_lock(cpu.m, cpu.id, kvm.id))
     try:
-        cpu.point("memslots", kvm.id, "read")
-        ranges = kvm_for_each_memslot_in_hva_range(kvm, start, end)
+        ranges = kvm_for_each_memslot_in_hva_range(cpu, kvm, start, end)
         if not ranges:
             return False
         if kvm.policy.age_lock(cpu, kvm, ranges[0][1]) == "rcu":

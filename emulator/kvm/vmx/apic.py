@@ -13,6 +13,7 @@ from emulator.kvm.kvm_host import (
 )
 from emulator.kvm.structs import Kvm, KvmMemorySlot, Vcpu
 from emulator.kvm.virt.requests import kvm_make_request
+from emulator.kvm.virt.slots import kvm_memslots
 from emulator.kvm.vmx.vmcs import write_apic_access
 from emulator.kvm.vmx.vmx import vmx_flush_tlb_ept_root, vmx_switch_vmcs, vpid_sync
 from emulator.machine.runtime import Cpu, cpu_relax
@@ -69,8 +70,7 @@ def vmx_set_apic_access_page_addr(cpu: Cpu, vcpu: Vcpu) -> None:
     with vmx_vmcs01(cpu, vcpu):
         if not vcpu.vmcs01.virtualize_apic:
             return
-        cpu.point("memslots", kvm.id, "read")
-        slot = kvm.memslots[0].by_id.get(APIC_ACCESS_PAGE_PRIVATE_MEMSLOT)
+        slot = kvm_memslots(cpu, kvm).by_id.get(APIC_ACCESS_PAGE_PRIVATE_MEMSLOT)
         if slot is None or slot.invalid:
             return
         cpu.point("mmu_invalidate_seq", kvm.id, "read")

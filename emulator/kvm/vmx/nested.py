@@ -208,8 +208,7 @@ def nested_get_vmcs12_pages(cpu: Cpu, vcpu: Vcpu, vmcs12: Vmcs12) -> None:
     vmcs02, kvm = vcpu.loaded_vmcs, vcpu.kvm
     vmcs02.virtualize_apic = nested_cpu_virtualizes_apic(vmcs12)
     if vmcs02.virtualize_apic:
-        cpu.point("memslots", kvm.id, "read")
-        slot = gfn_to_memslot(kvm, vmcs12.apic_access_gfn)
+        slot = gfn_to_memslot(cpu, kvm, vmcs12.apic_access_gfn)
         assert slot is not None
         hfn = apic_access_hfn(cpu, kvm, slot, vmcs12.apic_access_gfn)
         if hfn is None:

@@ -183,7 +183,7 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "shadow-smm-keeps-paging": ("shadow-smm", SYNCED, ""),
     "shadow-switch-without-sync": ("shadow-mov-cr3", SYNCED, ""),
     "shadow-prefetch-assumes-writable": ("shadow-prefetch-protected", FORBIDDEN, "map"),
-    "shadow-prefetch-while-invalidating": ("shadow-prefetch", SKIPPED, "promise"),
+    "shadow-prefetch-while-invalidating": ("shadow-prefetch", OUTDATED, "map"),
     "shadow-sync-without-protect-flush": ("shadow-resync", TABLE_PROTECTED, ""),
     "shadow-track-own-space": ("shadow-smm-table", TABLE_PROTECTED, ""),
     "shadow-unmap-without-flush": ("shadow-unmap", FLUSH, ""),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+from importlib import import_module
+from pkgutil import walk_packages
+
 import pytest
 
+import emulator.kvm
 from emulator.explore.audit.run import AuditResult, run_audit
 from emulator.explore.machine.lib import ControlledLib, instrument
 from emulator.explore.machine.program import LitmusProgram
+from emulator.explore.machine.watching import CLASSES
 from emulator.kvm.virt import requests
 from emulator.litmus.loader import load_test, shipped_tests
 from emulator.litmus.policies import named_policy, suits
@@ -80,3 +86,32 @@ def test_everything_is_as_before_afterwards() -> None:
     assert vars(requests)["lib"] is lib
     assert all(cpu.hook is None for cpu in program.machine.cpus)
     program.close()
+
+
+# Structures that one task makes and no other meets.
+OF_ONE_TASK = {
+    "Entry",
+    "GuestWalker",
+    "KvmPageFault",
+    "PfnAndRights",
+    "TdpIter",
+    "walk_shadow_page_lockless",
+}
+
+
+def changes(cls: type) -> bool:
+    """Return whether objects of the class can change."""
+    frozen = is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    stateless = not cls.__dictoffset__ and not getattr(cls, "__slots__", ())
+    return not (frozen or stateless or issubclass(cls, tuple) or getattr(cls, "_is_protocol", False))
+
+
+def test_the_audit_watches_each_structure_of_kvm() -> None:
+    names = [one.name for one in walk_packages(emulator.kvm.__path__, "emulator.kvm.")]
+    found = {
+        cls
+        for name in names
+        for cls in vars(import_module(name)).values()
+        if isinstance(cls, type) and cls.__module__ == name and changes(cls)
+    }
+    assert {cls.__name__ for cls in found - set(CLASSES)} == OF_ONE_TASK

@@ -40,12 +40,12 @@ class ShadowedGuest:
 
     def write(self, table: int, index: int, value: int) -> None:
         """Store to a table, as the guest does where KVM lets it: unseen."""
-        slot = gfn_to_memslot(self.kvm, Gfn(table))
+        slot = gfn_to_memslot(self.cpu, self.kvm, Gfn(table))
         assert slot is not None
         assert kvm_write_guest_word(self.cpu, self.kvm, slot, Gfn(table), WordIndex(index), value)
 
     def entry(self, table: int, index: int) -> int:
-        slot = gfn_to_memslot(self.kvm, Gfn(table))
+        slot = gfn_to_memslot(self.cpu, self.kvm, Gfn(table))
         assert slot is not None
         value = kvm_read_guest_word(self.cpu, self.kvm, slot, Gfn(table), WordIndex(index))
         assert value is not None

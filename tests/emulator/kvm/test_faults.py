@@ -43,9 +43,9 @@ def written(rig: Rig, policy: Policy | None = None) -> Guest:
     return guest
 
 
-def write_fault(vcpu: Vcpu) -> KvmPageFault:
+def write_fault(rig: Rig, vcpu: Vcpu) -> KvmPageFault:
     fault = KvmPageFault(GFN << 12, lib.ACCESS_WRITE, present=True)
-    fault.slot = gfn_to_memslot(vcpu.kvm, Gfn(GFN), 0)
+    fault.slot = gfn_to_memslot(rig.host, vcpu.kvm, Gfn(GFN), 0)
     return fault
 
 
@@ -77,7 +77,7 @@ def fast_with_changes(rig: Rig, guest: Guest, times: int, change: Callable[[], N
                 change()
 
     rig.machine.install(hook)
-    result = fast_page_fault(rig.host, guest.vcpu, write_fault(guest.vcpu))
+    result = fast_page_fault(rig.host, guest.vcpu, write_fault(rig, guest.vcpu))
     rig.machine.install(None)
     return result, tries
 
@@ -89,7 +89,7 @@ def test_the_fast_path_reads_an_spte_again_that_changed(rig: Rig, lost: int) -> 
     assert result == (RET_PF_FIXED, lost + 1)
     assert is_writable_pte(spte_of(rig, guest.vcpu))
     assert rig.stats(guest.vcpu.kvm)["pf_fast"] == 1
-    slot = gfn_to_memslot(guest.vcpu.kvm, Gfn(GFN), 0)
+    slot = gfn_to_memslot(rig.host, guest.vcpu.kvm, Gfn(GFN), 0)
     assert slot is not None
     assert slot.dirty_bitmap is not None
     assert sum(slot.dirty_bitmap) == slot.dirty_bitmap[GFN] == 1, "the page is marked"
@@ -115,7 +115,7 @@ def test_the_slow_path_follows_the_last_try(rig: Rig) -> None:
             locked_after.append(tries)
 
     rig.host.hook = hook
-    assert kvm_tdp_page_fault(rig.host, vcpu, write_fault(vcpu)) == RET_PF_FIXED
+    assert kvm_tdp_page_fault(rig.host, vcpu, write_fault(rig, vcpu)) == RET_PF_FIXED
     rig.host.hook = None
     assert locked_after[0] == TRIES
     assert is_writable_pte(spte_of(rig, vcpu))
@@ -132,7 +132,7 @@ def test_another_vcpus_fault_makes_this_one_spurious(rig: Rig) -> None:
     def fixes() -> None:
         hook = rig.host.hook
         rig.machine.install(None)
-        assert fast_page_fault(rig.other, other.vcpu, write_fault(other.vcpu)) == RET_PF_FIXED
+        assert fast_page_fault(rig.other, other.vcpu, write_fault(rig, other.vcpu)) == RET_PF_FIXED
         rig.machine.install(hook)
 
     assert fast_with_changes(rig, guest, 1, fixes) == (RET_PF_SPURIOUS, 1)
@@ -161,7 +161,7 @@ def test_a_fault_is_stale(rig: Rig, root: str, requested: bool, invalidated: boo
     """A root with a shadow page says itself whether it is obsolete; for others, a pending request says that
     it may be."""
     vcpu = written(rig).vcpu
-    fault, kept = write_fault(vcpu), vcpu.mmu.root
+    fault, kept = write_fault(rig, vcpu), vcpu.mmu.root
     fault.mmu_seq = lib.mmu_invalidate_seq(rig.machine.m, vcpu.kvm.id)
     obsolete = KvmMmuPage(Hfn(0x123), KvmMmuPageRole(invalid=True), tdp_mmu_page=True)
     if root != "valid":
@@ -214,7 +214,7 @@ def slow_read(rig: Rig, vcpu: Vcpu) -> int:
     """Do the part of a read fault under mmu_lock, for the frame that the SPTE has."""
     spte = spte_of(rig, vcpu)
     fault = KvmPageFault(GFN << 12, lib.ACCESS_READ, present=False)
-    fault.slot = gfn_to_memslot(vcpu.kvm, Gfn(GFN), 0)
+    fault.slot = gfn_to_memslot(rig.host, vcpu.kvm, Gfn(GFN), 0)
     custody = spte >> lib.SPTE_CUSTODY_SHIFT & lib.FRAME_TAG_MASK
     fault.pfn = PfnAndRights(
         Hfn(spte >> lib.SPTE_HFN_SHIFT & 0xFFFFFF), Custody(custody), host_writable=HostWritable(True)

@@ -151,7 +151,7 @@ def test_a_present_spte_is_dropped_for_it_and_flushed(guest: ShadowedGuest) -> N
     guest.map(OTHER, table)
     guest.fault(LINEAR)
     guest.fault(OTHER, write=True)
-    slot = gfn_to_memslot(guest.kvm, Gfn(7))
+    slot = gfn_to_memslot(guest.cpu, guest.kvm, Gfn(7))
     assert slot is not None
     assert len(gfn_to_rmap(slot, Gfn(7), Level(1))) == 1
     guest.write(table, guest.index(LINEAR, 1), MMIO << 12 | PAGE)

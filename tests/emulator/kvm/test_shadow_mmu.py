@@ -82,8 +82,9 @@ def test_upper_tables_are_write_tracked_and_last_ones_become_unsync(guest: Shado
     table = guest.map(LINEAR, 7)
     guest.map(OTHER, table)  # the guest's own mapping of its last table
     guest.fault(LINEAR)
-    slot = gfn_to_memslot(guest.kvm, Gfn(table))
-    tracked = [gfn for gfn in range(100, 104) if kvm_gfn_is_write_tracked(guest.kvm, slot, Gfn(gfn))]
+    slot = gfn_to_memslot(guest.cpu, guest.kvm, Gfn(table))
+    cpu, kvm = guest.cpu, guest.kvm
+    tracked = [gfn for gfn in range(100, 104) if kvm_gfn_is_write_tracked(cpu, kvm, slot, Gfn(gfn))]
     assert tracked == [100, 101, 102]
     assert guest.fault(OTHER, write=True) == RET_PF_FIXED
     assert is_writable_pte(guest.spte(OTHER))
@@ -119,8 +120,8 @@ def test_a_table_that_is_flooded_with_writes_is_zapped(guest: ShadowedGuest) -> 
             kvm_mmu_track_write(guest.cpu, guest.kvm, 102 << 12 | index * 8, 8)
     assert changed["mmu_flooded"] == 1
     assert changed["mmu_shadow_zapped"] == 1
-    slot = gfn_to_memslot(guest.kvm, Gfn(102))
-    assert not kvm_gfn_is_write_tracked(guest.kvm, slot, Gfn(102))
+    slot = gfn_to_memslot(guest.cpu, guest.kvm, Gfn(102))
+    assert not kvm_gfn_is_write_tracked(guest.cpu, guest.kvm, slot, Gfn(102))
 
 
 def test_an_unsync_table_is_out_of_date_until_the_guest_invalidates(guest: ShadowedGuest) -> None:

@@ -75,7 +75,7 @@ def test_a_last_table_becomes_unsync_by_a_store_of_smm(guest: ShadowedGuest) -> 
     enter_smm(guest.cpu, guest.vcpu)
     assert guest.fault(table << 12, write=True) == RET_PF_FIXED
     assert shadow.unsync
-    slot = gfn_to_memslot(guest.kvm, Gfn(table), 1)
+    slot = gfn_to_memslot(guest.cpu, guest.kvm, Gfn(table), 1)
     assert slot is not None
     assert not slot.arch.disallow_lpage  # those are in the slot of the shadow page's role
 

@@ -51,7 +51,7 @@ BOTH_SPACES = """
 @@ -91,4 +91,5 @@
      kvm_mmu_gfn_disallow_lpage(slot, sp.gfn)
 -    if kvm_mmu_slot_gfn_write_protect(cpu, kvm, slot, sp.gfn, PG_LEVEL_4K):
-+    both = slots_of_gfn(kvm, slot, sp.gfn)
++    both = slots_of_gfn(cpu, kvm, slot, sp.gfn)
 +    if any([kvm_mmu_slot_gfn_write_protect(cpu, kvm, one, sp.gfn, PG_LEVEL_4K) for one in both]):
          kvm_flush_remote_tlbs(cpu, kvm, lib.REASON_REMOTE_PROTECT)
      stores_exit(cpu, kvm, sp.gfn)
