@@ -21,7 +21,7 @@ from emulator.cli.completion import policies
 from emulator.cli.kernel import OnTree, heading
 from emulator.cli.options import FilesArgument, JobsOption, JunitOption, KernelOption, KtapOption, refuse
 from emulator.cli.progress import SearchProgress
-from emulator.output import check_file, saying, write_file
+from emulator.output import check_file, make_directory, saying, write_file
 from emulator.report.cases import junit as junit_of
 from emulator.report.cases import ktap
 from emulator.report.console import output_console
@@ -134,6 +134,14 @@ def litmus(
     ] = False,
     as_ktap: KtapOption = False,
     junit: JunitOption = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --explore: keep each search in a file of this directory, and go on with those that "
+            "are there, as `flushlab explore` does.",
+        ),
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -165,9 +173,13 @@ def litmus(
     from emulator.litmus.policies import named_policy, policies_for
     from emulator.litmus.table import Results
 
-    _check_together(context, explore=explore, policy=bool(policy), ktap=as_ktap, kernel=kernel is not None)
+    stored = store is not None or shard is not None
+    given = {"policy": bool(policy), "ktap": as_ktap, "kernel": kernel is not None, "store": stored}
+    _check_together(context, explore=explore, **given)
     if junit is not None:
         check_file("--junit", junit)
+    if state is not None:
+        make_directory("--state", state)
     tests = load_tests(files or [])
     chosen = policy or []
     for name in chosen:
@@ -189,7 +201,7 @@ def litmus(
     searched = SearchProgress(planned)
     # On a terminal the progress bar shows the runs.
     told = silent if sys.stderr.isatty() else searched.told
-    run = partial(explore_all, seconds=limit, told=told) if explore else _run_suite(on_tree)
+    run = partial(explore_all, seconds=limit, told=told, state=state) if explore else _run_suite(on_tree)
     results = Results(tests, seed, (iterations, limit) if explore else None)
     results.kernel = None if on_tree is None else on_tree.document()
     started = time.monotonic()
@@ -301,10 +313,14 @@ def _print(
     return status
 
 
-def _check_together(context: typer.Context, *, explore: bool, policy: bool, ktap: bool, kernel: bool) -> None:
+def _check_together(
+    context: typer.Context, *, explore: bool, policy: bool, ktap: bool, kernel: bool, store: bool
+) -> None:
     """Raise BadInput for options that do not go together."""
     if not explore:
-        refuse(context, {"limit", "store", "shard", "cluster"}, "without --explore", "both")
+        refuse(context, {"limit", "store", "shard", "cluster", "state"}, "without --explore", "both")
+    if store:
+        refuse(context, {"state"}, "with --store or --shard", "one of them")
     if policy:
         refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
     if ktap:

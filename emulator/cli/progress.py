@@ -38,6 +38,7 @@ class SearchProgress:
         self._started = clock()
         self._due = self._started + self._pause
         self._shown = False
+        self._before = 0, 0.0  # runs and seconds at the line before
         self._stage: Callable[[], Stage] | None = None
 
     def told(self, runs: int, stage: Callable[[], Stage] | None = None) -> None:
@@ -67,8 +68,14 @@ class SearchProgress:
         n = f"{self.verdicts} of {self.planned} verdicts, " if self.planned > 1 else ""
         # The runs of another process become known with its verdict.
         runs = f"{self.runs:,} executions, " if self.runs else ""
-        stage = "" if self._stage is None else f"; {self._stage().text()}"
-        return f"explore: {n}{runs}{seconds:.0f} s{stage}"[:_COLUMNS]
+        line = f"explore: {n}{runs}{seconds:.0f} s"[:_COLUMNS]
+        rate = f"{(self.runs - self._before[0]) / max(seconds - self._before[1], 1e-9):,.0f}/s"
+        self._before = self.runs, seconds
+        if self._stage is not None:
+            for part in (*self._stage().parts(), rate):
+                longer = f"{line}{', ' if ';' in line else '; '}{part}"
+                line = longer if len(longer) <= _COLUMNS else line
+        return line
 
     def _print(self, line: str) -> None:
         self._shown = self._moving

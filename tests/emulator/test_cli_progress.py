@@ -58,7 +58,7 @@ def test_a_line_tells_the_stage_and_what_is_left() -> None:
     clock.now += STILL
     progress.told(500)
     assert stream.getvalue().splitlines() == [
-        "explore: 0 of 3 verdicts, 500 executions, 10 s; bound 2: 25 %, ~2.7k left",
+        "explore: 0 of 3 verdicts, 500 executions, 10 s; bound 2: 25 %, ~2.7k left, 50/s",
         "explore: 0 of 3 verdicts, 1,000 executions, 20 s; all: below 1 %, 1,843 states",
         "explore: 0 of 3 verdicts, 1,500 executions, 30 s; all: below 1 %, ~249G left",
         "explore: 0 of 3 verdicts, 2,000 executions, 40 s; all: below 1 %, ~249G left",

@@ -107,11 +107,14 @@ def explore_all(
     progress: Callable[[int], None],
     seconds: float,
     told: Told = silent,
+    state: Path | None = None,
 ) -> Iterator[Outcome]:
     """Explore every interleaving of each pair, up to `executions` and `seconds` (0: no limit), and yield the
-    outcomes.  told: as for explore_suite()."""
+    outcomes.  told: as for explore_suite(); state: as in Work.  Raises BadInput before any search."""
     plan = Plan(executions=executions, seed=seed, minimize=False)
-    work = [Work(test, policy, plan, seconds) for test, policies in tests for policy in policies]
+    work = [Work(test, policy, plan, seconds, state) for test, policies in tests for policy in policies]
+    for one in work:
+        one.file()
     for verdict in explore_suite(work, jobs, told):
         progress(executions)
         proof = SEARCHED if verdict.counterexample is not None or verdict.failure else verdict.verdict

@@ -42,13 +42,14 @@ class Stage:
         """Return the estimated number of runs that are left, None if there is no estimate."""
         return round(self.runs * (1 / self.share - 1)) if self.share > _LEAST else None
 
-    def text(self) -> str:
+    def parts(self) -> tuple[str, ...]:
+        """Return the stage in words, the most important ones first."""
         where = "all" if self.bound is None else f"bound {self.bound}"
         # Choices may be added until the last execution.
         done = f"{min(99, int(100 * self.share))} %" if self.share >= 0.01 else "below 1 %"
-        states = f", {self.states:,} states" if self.states else ""
-        left = f", ~{_short(self.left)} left" if self.left else ""
-        return f"{where}: {done}{left}{states}"
+        left = (f"~{_short(self.left)} left",) if self.left else ()
+        states = (f"{self.states:,} states",) if self.states else ()
+        return f"{where}: {done}", *left, *states
 
 
 def stage_of(bound: int | None, search: Exhaustive | Tree, found: Found) -> Stage:

@@ -218,6 +218,26 @@ def test_a_search_ends_although_its_state_cannot_be_written(
     assert err.count("No space left on device") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("often")
+def test_litmus_goes_on_with_searches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["litmus", "--explore", "return-zap", TEST, "--policy", POLICY, "--iterations", "60"]
+    words += ["--jobs", "1", "--json"]
+    assert main(words) == 0
+    whole = capsys.readouterr().out
+    words += ["--state", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        killed_each(6, patch)
+        _, kills = until_it_ends(lambda: main(words))
+    assert kills > 2
+    assert capsys.readouterr().out == whole
+    assert len(list(tmp_path.glob("*.search"))) == 2
+    assert main([*words, "--store", str(tmp_path / "store")]) == 2
+    assert "--state: found with --store or --shard; expected one of them" in capsys.readouterr().err
+
+
 # --- processes that are killed ----------------------------------------------------------------------------
 
 _COMMAND = """
