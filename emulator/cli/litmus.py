@@ -173,7 +173,7 @@ def litmus(
     from emulator.litmus.policies import named_policy, policies_for
     from emulator.litmus.table import Results
 
-    stored = store is not None or shard is not None
+    stored = store is not None or shard is not None or cluster is not None
     given = {"policy": bool(policy), "ktap": as_ktap, "kernel": kernel is not None, "store": stored}
     _check_together(context, explore=explore, **given)
     if junit is not None:
@@ -320,7 +320,7 @@ def _check_together(
     if not explore:
         refuse(context, {"limit", "store", "shard", "cluster", "state"}, "without --explore", "both")
     if store:
-        refuse(context, {"state"}, "with --store or --shard", "one of them")
+        refuse(context, {"state"}, "with --store, --shard or --cluster", "one of them")
     if policy:
         refuse(context, {"mutants"}, "with --policy", "--mutants alone, or --policy mutant:NAME")
     if ktap:

@@ -98,7 +98,8 @@ class Keeper:
 
     def left(self, number: int) -> Left | None:
         """Return the rest of an exhaustive round."""
-        return left_of(self._round["left"]) if self._round.get("number") == number else None
+        here = "left" in self._round and self._round["number"] == number
+        return left_of(self._round["left"]) if here else None
 
     def sampled(self, strategy: Sampler) -> Found | None:
         """Let a sampling strategy go on; return its results so far."""
@@ -108,6 +109,11 @@ class Keeper:
         return found_of(self._round["found"])
 
     # --- keeping --------------------------------------------------------------------------------------------
+
+    def keep_round(self, number: int) -> None:
+        """Keep the search before this round, unless it goes on in the midst of it."""
+        if number > self.number and self._is_due():
+            self._save({"round": {"number": number}})
 
     def keep_left(self, number: int, left: Left) -> None:
         if self._is_due():

@@ -104,6 +104,7 @@ class Rounds:
             left = plan.executions - verdict.executions
             if left <= 0:
                 return
+            self.keeper.keep_round(number)
             # Leave some for the bounds to come, in case this one is out of reach.
             budget = left if number == len(bounds) else max(1, left // 4)
             found = self._widely(number, bound, Limits(executions=budget))
@@ -141,6 +142,7 @@ class Rounds:
         budget = verdict.plan.executions - verdict.executions
         if budget <= 0:
             return
+        self.keeper.keep_round(1)
         strategy = Stateful(program.objects, MachineStates(program), has_met=verdict.met > 0)
         limits, found = Limits(executions=budget, runs=RUNS * budget), Found()
         self.runs.watch(None, strategy, found)

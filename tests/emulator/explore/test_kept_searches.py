@@ -103,6 +103,21 @@ def test_a_search_that_was_killed_ends_as_one_that_was_not(
     assert again.before == whole.executions + whole.pruned
 
 
+@pytest.mark.parametrize(("stateful", "kills"), [(False, 4), (True, 1)])
+def test_a_search_is_kept_between_its_rounds(
+    stateful: bool, kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rounds are too small to be divided into parts; the last save is that of the end."""
+    monkeypatch.setattr(keeper, "PAUSE", 0.0)
+    monkeypatch.setattr(keeper, "RATIO", 0.0)
+    work = Work(load_test(TEST), POLICY, Plan(executions=40, stateful=stateful), 0.0)
+    whole = explore_one(work)
+    killed_each(1, monkeypatch)
+    verdict, times = until_it_ends(lambda: explore_one(replace(work, state=tmp_path)))
+    assert times > kills
+    assert verdict.document() == whole.document()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("often")
 def test_the_reads_of_a_users_policy_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +250,7 @@ def test_litmus_goes_on_with_searches(
     assert capsys.readouterr().out == whole
     assert len(list(tmp_path.glob("*.search"))) == 2
     assert main([*words, "--store", str(tmp_path / "store")]) == 2
-    assert "--state: found with --store or --shard; expected one of them" in capsys.readouterr().err
+    assert "--state: found with --store, --shard or --cluster" in capsys.readouterr().err
 
 
 # --- processes that are killed ----------------------------------------------------------------------------
@@ -291,5 +306,5 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path) -> None:
         )
         again = subprocess.run(words, capture_output=True, check=True).stdout
         print(f"{kills} of {KILLS} processes were killed, --jobs {jobs}")
-        assert kills >= 2
+        assert kills
         assert again == whole
