@@ -102,6 +102,8 @@ def test_verdicts(
 def test_results_are_kept_for_these_sources_only(known: list[Known], results: Results) -> None:
     one = mutant(FLUSH, "            pass\n")
     assert results.path is not None
+    # Already done, unless another process has the tests above.
+    run.judge_all(results, [one], known, 1, silent)
     again = Results(results.path, results.fingerprint)
     assert again.known.keys() == set(PAIRS)
     assert {found.pair: found.lines for found in known} == {
