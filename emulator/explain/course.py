@@ -325,7 +325,10 @@ class _Lines:
 
 # Verbs of the operations that a guest executes, and that have their row where it does.
 GUEST_VERBS: Final = frozenset(
-    {"read", "write", "exec", "map", "unmap", "protect", "invlpg", "invpcid", "mov-cr3", "wait"}
+    {
+        *("read", "write", "exec", "kernel-read", "kernel-write"),
+        *("map", "unmap", "protect", "store", "invlpg", "invpcid", "mov-cr3", "wait"),
+    }
 )
 
 

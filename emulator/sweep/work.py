@@ -71,10 +71,11 @@ def in_processes(units: Sequence[Unit], jobs: int) -> Iterator[Record]:
 
 
 def on_cluster(
-    address: str, task: Callable[[Any], Any] = run_unit
+    address: str, task: Callable[[Any], Any] | None = None
 ) -> Callable[[Sequence[Keyed], int], Iterator[Any]]:
     """Return a function that hands units to the scheduler of dask.distributed at this address; `local` is a
-    cluster of processes on loopback.  It yields the results of `task` that are not None."""
+    cluster of processes on loopback.  It yields the results of `task`, by default
+    run_unit(), that are not None."""
     try:
         import distributed
     except ImportError:
@@ -91,7 +92,7 @@ def on_cluster(
                 silence_logs="ERROR",
             )
             with cluster, distributed.Client(cluster) as client:
-                yield from _completed(client, units, task)
+                yield from _completed(client, units, task or run_unit)
             return
         try:
             client = distributed.Client(address, timeout="10s")
@@ -99,7 +100,7 @@ def on_cluster(
             expected = "a scheduler's address such as tcp://HOST:8786, or local"
             raise BadInput("--cluster", f"found {address} ({error})", expected) from error
         with client:
-            yield from _completed(client, units, task)
+            yield from _completed(client, units, task or run_unit)
 
     return run
 

@@ -39,7 +39,7 @@ def test_what_is_found_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "slot-delete-fault", "--executions", "10")
     assert code == 1
     assert "emulator.kvm.virt.requests.set_mode: vcpu_set_mode" in out
-    assert "Kvm.memslots[]: read in gfn_to_memslot, written in kvm_swap_active_memslots" in out
+    assert "Kvm.memslots[]: read in kvm_memslots, written in kvm_swap_active_memslots" in out
     assert "0 of 1 tests and policies without a finding, 10 random executions" in out
 
 

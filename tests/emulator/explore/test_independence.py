@@ -68,7 +68,7 @@ def test_a_footprint_that_does_not_say_all_is_found(
     monkeypatch: pytest.MonkeyPatch, call: str, forgotten: dict[str, Any], test: str, who: str
 ) -> None:
     monkeypatch.setitem(FOOTPRINTS, call, replace(FOOTPRINTS[call], **forgotten))
-    _, findings = swapped(test)
+    _, findings = swapped(test, executions=400)
     assert any(f"'s {who}" in sentence for sentence in findings), findings
 
 
