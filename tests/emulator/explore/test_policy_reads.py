@@ -17,7 +17,7 @@ from emulator.explore.machine.lib import instrument
 from emulator.explore.machine.options import ExploreOptions
 from emulator.explore.machine.policy_reads import NOTHING, Grown, Known, Seen
 from emulator.explore.machine.program import LitmusProgram
-from emulator.explore.results import verdict
+from emulator.explore.results import rounds
 from emulator.explore.results import workers as team
 from emulator.explore.results.record import record
 from emulator.explore.results.replay import load, replay
@@ -324,7 +324,7 @@ def test_processes_agree_on_what_is_read(
 ) -> None:
     """The attribute is found in a part of the search, wherever that is done."""
     monkeypatch.setattr(team, "FIRST_PARTS", 0)
-    monkeypatch.setattr(verdict, "wide_search", partial(wide_search, plain=1, part=3))
+    monkeypatch.setattr(rounds, "wide_search", partial(wide_search, plain=1, part=3))
     # No probes: with so few executions the search begins with bounds.
     plan = Plan(executions=2000, bound=1)
     policy = LOOKS.format(condition=LOADED, answer=answer)

@@ -310,6 +310,9 @@ def test_no_module_computes_with_kvms_names_when_it_is_loaded() -> None:
     classes |= {(file, "LoadedVmcs") for file in ("watchable.py", "watching.py", "reference.py")}
     classes |= {
         ("watchable.py", "shadow_structs"),
+        ("watching.py", "shadow_structs"),
+        ("watching.py", "NestedVmx"),
+        ("watching.py", "Vmcs12"),
         ("watchable.py", "Heard"),
         ("acting.py", "Heard"),
         ("acting.py", "Notifications"),
