@@ -111,7 +111,7 @@ BAD = [
         "v0 mod write",
         "stress.delays[0]: found 'mod'; expected one of the points call_queue, call_rcu, dirty_bitmap,",
     ),
-    ("v0 mode write 300", "v0 mod write", "vcpu->cpu, write_track (did you mean mode?)"),
+    ("v0 mode write 300", "v0 mod write", "vcpu->cpu, write_flooding, write_track (did you mean mode?)"),
     (
         "v0 mode write 300",
         "v0 nosuchpoint 400",
