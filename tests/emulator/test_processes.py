@@ -90,7 +90,7 @@ def _seconds(process: Path) -> float:
 
 def without_progress(errors: str) -> str:
     """Return standard error without the lines that a search prints every ten seconds on a busy machine."""
-    return re.sub(r"(?m)^explore: .* s\n", "", errors)
+    return re.sub(r"(?m)^(?:explore|litmus): \S+ executions, .*\n", "", errors)
 
 
 def interrupted(process: subprocess.Popen[str], out: str, errors: str, number: signal.Signals) -> None:
