@@ -13,7 +13,13 @@ from emulator.kvm.kvm_host import KVM_MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_
 from emulator.kvm.mmu.rmap import gfn_to_rmap, gfn_to_slot_of_role, rmap_write_protect
 from emulator.kvm.mmu.shadow_structs import ShadowPage
 from emulator.kvm.mmu.tdp_dirty import kvm_tdp_mmu_write_protect_gfn
-from emulator.kvm.structs import Kvm, KvmMemorySlot, kvm_memslots_have_rmaps, tdp_mmu_enabled
+from emulator.kvm.structs import (
+    Kvm,
+    KvmMemorySlot,
+    kvm_memslots_have_rmaps,
+    tdp_enabled,
+    tdp_mmu_enabled,
+)
 from emulator.kvm.virt.requests import kvm_flush_remote_tlbs
 from emulator.kvm.virt.slots import gfn_to_memslot
 from emulator.machine.runtime import Cpu, smp_mb
@@ -33,9 +39,14 @@ def slots_of_gfn(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot, gfn: Gfn) -> Iterator[
         yield other
 
 
+def kvm_page_track_write_tracking_enabled(kvm: Kvm) -> bool:
+    """kvm_page_track_write_tracking_enabled(): return whether a guest's table may be write-protected."""
+    return kvm.shadow.shadow_root_allocated or not tdp_enabled(kvm)
+
+
 def kvm_gfn_is_write_tracked(cpu: Cpu, kvm: Kvm, slot: KvmMemorySlot | None, gfn: Gfn) -> bool:
     """kvm_gfn_is_write_tracked().  Faults also ask it before they take mmu_lock."""
-    if slot is None or not kvm_memslots_have_rmaps(kvm):  # kvm_page_track_write_tracking_enabled()
+    if slot is None or not kvm_page_track_write_tracking_enabled(kvm):
         return False
     cpu.point("write_track", (kvm.id, gfn), "read")
     return any(one.arch.gfn_write_track.get(gfn, 0) for one in slots_of_gfn(cpu, kvm, slot, gfn))
