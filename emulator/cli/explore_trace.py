@@ -27,7 +27,6 @@ from emulator.explore.results.suite import Work, stop_of
 from emulator.explore.results.trace import Goal, goal_of, numbered, traced
 from emulator.explore.results.verdict import INTERRUPTED, Verdict
 from emulator.kernel_tree.on_machine.child import TreeDied
-from emulator.kernel_tree.on_machine.explored_program import replay_on_tree
 from emulator.litmus.failure import LitmusFailure
 from emulator.litmus.model import LitmusTest
 from emulator.litmus.policies import named_policy
@@ -204,6 +203,8 @@ def _replayed(replayed: Callable[[Code], T], kernel: Path | None) -> T:
     """Return the result of a function that replays a recording."""
     if kernel is None:
         return replayed(MODEL)
+    from emulator.kernel_tree.on_machine.explored_program import replay_on_tree
+
     interrupts.only_note()
     return replay_on_tree(built_tree(kernel), replayed)
 
