@@ -277,9 +277,11 @@ def command(directory: Path, *more: str) -> list[str]:
 def killed(words: list[str], searches: Path, saves: int, delay: float) -> bool:
     """Kill a search some time after it has replaced its file so many times; return whether it was running."""
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         while process.poll() is None and len(seen) <= saves:
-            seen |= {path.stat().st_ino for path in searches.glob("*.search")}
+            # A file that replaces another one may get the inode of the one before.
+            files = map(Path.stat, searches.glob("*.search"))
+            seen |= {(file.st_ino, file.st_mtime_ns) for file in files}
             time.sleep(0.001)
         time.sleep(delay)
         process.kill()
