@@ -45,8 +45,8 @@ class Use(StrEnum):
 
 # The files of the shim: those that are compiled in one unit with the tree's files, behind them; those that
 # are compiled on their own; and the headers.
-_CALLS: Final = ("vms.c", "requests_calls.c", "faults.c", "zaps.c")
-_BEHIND: Final = {Use.COMPARED: ("glue.c",), Use.MACHINE: _CALLS, Use.LOGGED: _CALLS}
+_CALLS: Final = ("versions.c", "vms.c", "requests_calls.c", "faults.c", "zaps.c")
+_BEHIND: Final = {Use.COMPARED: ("versions.c", "glue.c"), Use.MACHINE: _CALLS, Use.LOGGED: _CALLS}
 _MACHINE = (
     "machine", "objects", "sptes", "sync", "kvm", "requests", "steps", "explored", "keep", "plain", "crash",
 )  # fmt: skip

@@ -1,10 +1,5 @@
 /* Functions that call a tree's TDP MMU for roots and for page faults.  Follows vms.c in the unit of the tree's files. */
 /* --- roots ------------------------------------------------------------------------------------------------------------ */
-static struct kvm_mmu_page *root_at(unsigned long long hpa)
-{
-	return (void *)shim_page_of((unsigned long)hpa >> PAGE_SHIFT)->private;
-}
-
 static void call_alloc_root(int level, int as_id, int guest_mode)
 {
 	struct kvm_vcpu *vcpu = vcpu_with(0);
@@ -12,15 +7,7 @@ static void call_alloc_root(int level, int as_id, int guest_mode)
 	vcpu->arch.mmu->root_role.level = (unsigned int)level & 15;
 	vcpu->arch.mmu->root_role.smm = (unsigned int)as_id & 1;
 	vcpu->arch.mmu->root_role.guest_mode = (unsigned int)guest_mode & 1;
-#ifdef TREE_ARGS_kvm_tdp_mmu_get_vcpu_root_hpa
-	write_lock(&vm()->mmu_lock);
-	vcpu->arch.mmu->root.hpa = kvm_tdp_mmu_get_vcpu_root_hpa(vcpu);
-	write_unlock(&vm()->mmu_lock);
-#elif TREE_ARGS_kvm_tdp_mmu_alloc_root == 1
-	kvm_tdp_mmu_alloc_root(vcpu);
-#else
-	kvm_tdp_mmu_alloc_root(vcpu, false);
-#endif
+	alloc_root(vm(), vcpu);
 }
 
 unsigned long long tree_alloc_root(unsigned int cpu, int level, int as_id, int guest_mode)
@@ -30,18 +17,9 @@ unsigned long long tree_alloc_root(unsigned int cpu, int level, int as_id, int g
 	return vcpus[cpu].arch.mmu->root.hpa;
 }
 
-static void call_put_root(struct kvm_mmu_page *root)
-{
-#if TREE_ARGS_kvm_tdp_mmu_put_root == 2
-	kvm_tdp_mmu_put_root(vm(), root);
-#else
-	kvm_tdp_mmu_put_root(vm(), root, here->api.lock == SHIM_READ);
-#endif
-}
-
 int tree_put_root(unsigned int cpu, unsigned long long root)
 {
-	return OPERATION(cpu, OPERATION_OTHER, call_put_root(root_at(root)));
+	return OPERATION(cpu, OPERATION_OTHER, put_root(vm(), root_at(root), here->api.lock == SHIM_READ));
 }
 
 const unsigned int *tree_root_role(unsigned long long root)
@@ -108,16 +86,7 @@ static int call_map(unsigned long long root, unsigned long long gfn, unsigned lo
 
 	if (r == RET_PF_RETRY && glue_frozen(here->last_value))
 		here->api.frozen++;
-	switch (r) {
-	case RET_PF_RETRY:
-		return 1;
-	case RET_PF_FIXED:
-		return 4;
-	case RET_PF_SPURIOUS:
-		return 5;
-	default:
-		return 100 + r;
-	}
+	return fault_result(r);
 }
 
 int tree_map(unsigned int cpu, unsigned long long root, unsigned long long gfn, unsigned long long pfn, int write, int exec,

@@ -1,9 +1,5 @@
-/* Calls a tree's TDP MMU.  Compiled in one unit behind tdp_mmu.c, tdp_iter.c and spte.c.
- *
- * tree.h says which functions the tree has and with how many arguments; no version is tested.
- */
+/* Calls a tree's TDP MMU.  Compiled in one unit behind tdp_mmu.c, tdp_iter.c, spte.c and versions.c. */
 #include "shim.h"
-#include "tree.h"
 
 #include <string.h>
 
@@ -121,25 +117,6 @@ const unsigned long long *tree_state(int place, unsigned int *n)
 }
 
 /* --- setting up ------------------------------------------------------------------------------------------------- */
-#ifdef TREE_ARGS_spte_permission_fault
-/* update_permission_bitmask() for EPT: a bit for each access that rights forbid, by the fault's error code. */
-static void set_permissions(void)
-{
-	unsigned int n = sizeof(mmu.fmt.permissions) / sizeof(mmu.fmt.permissions[0]);
-
-	for (unsigned int i = 0; i < n; i++) {
-		bool write = i << 1 & PFERR_WRITE_MASK, fetch = i << 1 & PFERR_FETCH_MASK;
-
-		for (unsigned int access = 0; access < 8 * sizeof(mmu.fmt.permissions[0]); access++)
-			if ((write && !(access & ACC_WRITE_MASK)) || (fetch && !(access & ACC_EXEC_MASK)) ||
-			    (!write && !fetch && !(access & ACC_READ_MASK)))
-				mmu.fmt.permissions[i] |= 1u << access;
-	}
-}
-#else
-static void set_permissions(void) { }
-#endif
-
 void tree_start(unsigned long long npages, int ad_bits, const unsigned long long *gfns, unsigned int n,
 		void (*other)(void))
 {
@@ -151,15 +128,8 @@ void tree_start(unsigned long long npages, int ad_bits, const unsigned long long
 	n_watched = n < MAX_WATCHED ? n : MAX_WATCHED;
 	memcpy(watched, gfns, n_watched * sizeof(watched[0]));
 	n_states = 0;
-#ifdef TREE_ARGS_kvm_mmu_spte_module_init
-	kvm_mmu_spte_module_init();
-#endif
-	kvm_mmu_reset_all_pte_masks();
-#if TREE_ARGS_kvm_mmu_set_ept_masks == 1
-	kvm_mmu_set_ept_masks(ad_bits);
-#else
-	kvm_mmu_set_ept_masks(ad_bits, true);
-#endif
+	init_spte_module();
+	set_ept_masks(ad_bits);
 	for (int i = 0; i < 2; i++) {
 		slots[i].npages = npages;
 		slots[i].as_id = (u16)i;
@@ -174,7 +144,7 @@ void tree_start(unsigned long long npages, int ad_bits, const unsigned long long
 	mmu.root_role.direct = 1;
 	mmu.root_role.access = ACC_ALL;
 	mmu.root_role.ad_disabled = !ad_bits;
-	set_permissions();
+	set_permissions(&mmu);
 }
 
 void tree_set_logging(int as_id, int on)
@@ -211,21 +181,8 @@ unsigned int tree_events(const struct shim_event **events)
 unsigned long long tree_alloc_root(int as_id)
 {
 	mmu.root_role.smm = (unsigned int)as_id & 1;
-#ifdef TREE_ARGS_kvm_tdp_mmu_get_vcpu_root_hpa
-	write_lock(&kvm.mmu_lock);
-	mmu.root.hpa = kvm_tdp_mmu_get_vcpu_root_hpa(&vcpu);
-	write_unlock(&kvm.mmu_lock);
-#elif TREE_ARGS_kvm_tdp_mmu_alloc_root == 1
-	kvm_tdp_mmu_alloc_root(&vcpu);
-#else
-	kvm_tdp_mmu_alloc_root(&vcpu, false);
-#endif
+	alloc_root(&kvm, &vcpu);
 	return mmu.root.hpa;
-}
-
-static struct kvm_mmu_page *root_at(unsigned long long hpa)
-{
-	return (void *)shim_page_of((unsigned long)hpa >> PAGE_SHIFT)->private;
 }
 
 int tree_root_invalid(unsigned long long root)
@@ -236,11 +193,7 @@ int tree_root_invalid(unsigned long long root)
 void tree_put_root(unsigned long long root)
 {
 	read_lock(&kvm.mmu_lock);
-#if TREE_ARGS_kvm_tdp_mmu_put_root == 2
-	kvm_tdp_mmu_put_root(&kvm, root_at(root));
-#else
-	kvm_tdp_mmu_put_root(&kvm, root_at(root), true);
-#endif
+	put_root(&kvm, root_at(root), true);
 	read_unlock(&kvm.mmu_lock);
 }
 
@@ -265,16 +218,7 @@ int tree_map(unsigned long long root, unsigned long long gfn, unsigned long long
 	read_lock(&kvm.mmu_lock);
 	r = kvm_tdp_mmu_map(&vcpu, &fault);
 	read_unlock(&kvm.mmu_lock);
-	switch (r) {
-	case RET_PF_RETRY:
-		return 1;
-	case RET_PF_FIXED:
-		return 4;
-	case RET_PF_SPURIOUS:
-		return 5;
-	default:
-		return 100 + r;
-	}
+	return fault_result(r);
 }
 
 int tree_zap_leafs(unsigned long long start, unsigned long long end, int flush)
@@ -366,33 +310,20 @@ void tree_split(int as_id, unsigned long long start, unsigned long long end, int
 void tree_recover(int as_id)
 {
 	read_lock(&kvm.mmu_lock);
-#ifdef TREE_ARGS_kvm_tdp_mmu_recover_huge_pages
-	kvm_tdp_mmu_recover_huge_pages(&kvm, &slots[as_id]);
-#else
-	kvm_tdp_mmu_zap_collapsible_sptes(&kvm, &slots[as_id]);
-#endif
+	recover_huge_pages(&kvm, &slots[as_id]);
 	read_unlock(&kvm.mmu_lock);
 }
 
 void tree_invalidate_roots(void)
 {
 	write_lock(&kvm.mmu_lock);
-#ifdef TREE_ARGS_kvm_tdp_mmu_invalidate_roots
-	kvm_tdp_mmu_invalidate_roots(&kvm, KVM_VALID_ROOTS);
-#else
-	kvm_tdp_mmu_invalidate_all_roots(&kvm);
-#endif
+	invalidate_roots(&kvm);
 	write_unlock(&kvm.mmu_lock);
 }
 
 void tree_zap_invalidated_roots(int shared)
 {
-#if TREE_ARGS_kvm_tdp_mmu_zap_invalidated_roots == 2
-	kvm_tdp_mmu_zap_invalidated_roots(&kvm, shared);
-#else
-	(void)shared;
-	kvm_tdp_mmu_zap_invalidated_roots(&kvm);
-#endif
+	zap_invalidated_roots(&kvm, shared);
 }
 
 int tree_touch(unsigned long long root, unsigned long long gfn, int write)

@@ -1,10 +1,9 @@
 /* The VMs and vCPUs of a tree's code on the machine, and its structures as the rest of the shim sees them.
  *
- * Compiled in one unit with tdp_mmu.c, tdp_iter.c and spte.c; requests_calls.c, faults.c and zaps.c follow it there.
- * tree.h says which functions the tree has and how many arguments they take; no version is tested.
+ * Compiled in one unit with tdp_mmu.c, tdp_iter.c, spte.c and versions.c; requests_calls.c, faults.c and zaps.c follow it
+ * there.
  */
 #include "machine_internal.h"
-#include "tree.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -102,26 +101,6 @@ bool glue_keep(void)
 }
 
 /* --- setting up ------------------------------------------------------------------------------------------------------ */
-#ifdef TREE_ARGS_spte_permission_fault
-/* Do update_permission_bitmask() for EPT: by the fault's error code, a bit for each set of rights that forbids the
- * access. */
-static void set_permissions(struct kvm_mmu *mmu)
-{
-	unsigned int n = sizeof(mmu->fmt.permissions) / sizeof(mmu->fmt.permissions[0]);
-
-	for (unsigned int i = 0; i < n; i++) {
-		bool write = i << 1 & PFERR_WRITE_MASK, fetch = i << 1 & PFERR_FETCH_MASK;
-
-		for (unsigned int access = 0; access < 8 * sizeof(mmu->fmt.permissions[0]); access++)
-			if ((write && !(access & ACC_WRITE_MASK)) || (fetch && !(access & ACC_EXEC_MASK)) ||
-			    (!write && !fetch && !(access & ACC_READ_MASK)))
-				mmu->fmt.permissions[i] |= 1u << access;
-	}
-}
-#else
-static void set_permissions(struct kvm_mmu *mmu) { (void)mmu; }
-#endif
-
 int tree_attach(const struct tree_core *given, int report_fd)
 {
 	static struct kvm_mmu_page nothing;
@@ -142,9 +121,7 @@ int tree_attach(const struct tree_core *given, int report_fd)
 	shim_vcpus = (unsigned long)all_vcpus;
 	shim_vcpus_bytes = core.vcpus * sizeof(*all_vcpus);
 	here = shim_cpu_of(0);
-#ifdef TREE_ARGS_kvm_mmu_spte_module_init
-	kvm_mmu_spte_module_init();
-#endif
+	init_spte_module();
 	for (unsigned int i = 0; i < core.cpus; i++) {
 		vcpus[i].arch.mmu = &mmus[i];
 		mmus[i].root_role.direct = 1;
@@ -156,12 +133,7 @@ int tree_attach(const struct tree_core *given, int report_fd)
 
 static void set_masks(int ad_bits)
 {
-	kvm_mmu_reset_all_pte_masks();
-#if TREE_ARGS_kvm_mmu_set_ept_masks == 1
-	kvm_mmu_set_ept_masks(ad_bits);
-#else
-	kvm_mmu_set_ept_masks(ad_bits, true);
-#endif
+	set_ept_masks(ad_bits);
 	for (unsigned int i = 0; i < core.cpus; i++)
 		mmus[i].root_role.ad_disabled = !ad_bits;
 }

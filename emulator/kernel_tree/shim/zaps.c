@@ -68,33 +68,14 @@ int tree_zap_all(unsigned int cpu)
 	return OPERATION(cpu, OPERATION_OTHER, kvm_tdp_mmu_zap_all(vm()));
 }
 
-static void call_invalidate_roots(void)
-{
-#ifdef TREE_ARGS_kvm_tdp_mmu_invalidate_roots
-	kvm_tdp_mmu_invalidate_roots(vm(), KVM_VALID_ROOTS);
-#else
-	kvm_tdp_mmu_invalidate_all_roots(vm());
-#endif
-}
-
 int tree_invalidate_roots(unsigned int cpu)
 {
-	return OPERATION(cpu, OPERATION_INVALIDATE, call_invalidate_roots());
-}
-
-static void call_zap_invalidated_roots(bool shared)
-{
-#if TREE_ARGS_kvm_tdp_mmu_zap_invalidated_roots == 2
-	kvm_tdp_mmu_zap_invalidated_roots(vm(), shared);
-#else
-	(void)shared;
-	kvm_tdp_mmu_zap_invalidated_roots(vm());
-#endif
+	return OPERATION(cpu, OPERATION_INVALIDATE, invalidate_roots(vm()));
 }
 
 int tree_zap_invalidated_roots(unsigned int cpu, int shared)
 {
-	return OPERATION(cpu, OPERATION_OTHER, call_zap_invalidated_roots(shared));
+	return OPERATION(cpu, OPERATION_OTHER, zap_invalidated_roots(vm(), shared));
 }
 
 int tree_uninit(unsigned int cpu)
@@ -166,11 +147,7 @@ static void call_recover(void)
 {
 	struct kvm_memory_slot slot = slot_of();
 
-#ifdef TREE_ARGS_kvm_tdp_mmu_recover_huge_pages
-	kvm_tdp_mmu_recover_huge_pages(vm(), &slot);
-#else
-	kvm_tdp_mmu_zap_collapsible_sptes(vm(), &slot);
-#endif
+	recover_huge_pages(vm(), &slot);
 }
 
 int tree_recover(unsigned int cpu)
