@@ -8,11 +8,9 @@ by a chain of them.  A finding is an object that MachineStates.is_read() leaves 
 
 from __future__ import annotations
 
-from types import CodeType
-
 from emulator.explore.engine.objects import members
 from emulator.explore.engine.scheduler import Task
-from emulator.explore.machine.races import MEANT, Races
+from emulator.explore.machine.races import MEANT, Access, Known, Races
 from emulator.explore.machine.states import MachineStates
 
 
@@ -58,13 +56,7 @@ class Untold(Races):
                 self._under[bit] = self._under.get(bit, 0) | under
         return before
 
-    def _check(
-        self,
-        known: dict[tuple[int, object, bool], tuple[int, CodeType]],
-        before: int,
-        task: int,
-        access: tuple[str, object, bool, CodeType],
-    ) -> None:
+    def _check(self, known: Known, before: int, task: int, access: Access) -> None:
         name, index, write, place = access
         writers = [
             (step, other, code)

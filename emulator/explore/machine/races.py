@@ -35,6 +35,10 @@ COMMUTING: Final[dict[str, frozenset[str]]] = {
 
 # (object, name, index or None: all, write) -> the function
 Accesses = dict[tuple[int, str, object, bool], CodeType]
+# One of them, without its object: name, index, write, function.
+Access = tuple[str, object, bool, CodeType]
+# The last accesses to one name of an object: (task, index, write) -> (step, function)
+Known = dict[tuple[int, object, bool], tuple[int, CodeType]]
 
 
 class Races:
@@ -57,8 +61,7 @@ class Races:
         self._accesses: dict[int, Accesses] = defaultdict(dict)
         # Likewise, before its first announcement.
         self._first: dict[int, Accesses] = defaultdict(dict)
-        # The last accesses: (object, name) -> (task, index, write) -> (step, function)
-        self._known: dict[tuple[int, str], dict[tuple[int, object, bool], tuple[int, CodeType]]] = {}
+        self._known: dict[tuple[int, str], Known] = {}  # by object and name
         # By step: the steps that happen before it.  A task's code before its first announcement is a step of
         # its own, which comes before all others and depends on none.
         self._before = [0] * tasks
@@ -104,13 +107,7 @@ class Races:
             self._touched[bit] = self._wrote[bit] = mark
         return before
 
-    def _check(
-        self,
-        known: dict[tuple[int, object, bool], tuple[int, CodeType]],
-        before: int,
-        task: int,
-        access: tuple[str, object, bool, CodeType],
-    ) -> None:
+    def _check(self, known: Known, before: int, task: int, access: Access) -> None:
         name, index, write, place = access
         for (other, other_index, other_write), (step, other_place) in known.items():
             if other == task or not (write or other_write) or before >> step & 1:

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 from emulator.explore.engine.scheduler import Task
 from emulator.explore.machine.control import Control
-from emulator.explore.machine.races import Races
+from emulator.explore.machine.races import Access, Known, Races
 from emulator.kernel_tree.build import Built
 from emulator.kernel_tree.on_machine.core import Tree
 from emulator.kernel_tree.on_machine.places import kernel_places
@@ -71,13 +71,7 @@ class PlainAccesses(Races):
         every = (found[0][at] for at in range(n))
         return [(a.address, a.bytes, bool(a.write), _Place(a.returns, bool(a.marked))) for a in every]
 
-    def _check(
-        self,
-        known: dict[tuple[int, object, bool], tuple[int, CodeType]],
-        before: int,
-        task: int,
-        access: tuple[str, object, bool, CodeType],
-    ) -> None:
+    def _check(self, known: Known, before: int, task: int, access: Access) -> None:
         name, marked, write, place = access
         if name != _NAME:
             super()._check(known, before, task, access)
