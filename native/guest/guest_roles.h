@@ -8,9 +8,10 @@
 struct guest;
 struct walk;
 
-/* Begin a window whose time has come.  Returns an exit reason; EXIT_REASONS: none has, or the bits are the guest's own. */
+/* Begin the window that is due.  Returns an exit reason; EXIT_REASONS: no window is due, the guest owns the bits (with
+ * EPT), or it has no process yet. */
 uint32_t os_role_begin(struct walk *w);
-/* Go on with the window under way.  Returns an exit reason; EXIT_REASONS: none is. */
+/* Go on with the window under way.  Returns an exit reason; EXIT_REASONS: no window is. */
 uint32_t os_role_step(struct walk *w);
 
 #endif

@@ -39,7 +39,7 @@ COMPARED = {
 }
 
 
-# What a run waits for comes in a second or two, or much later on a busy machine.
+# Conditions hold after a second or two, or much later on a busy machine.
 LONGEST = 60.0
 
 

@@ -27,7 +27,7 @@ CHECK = "mmu_invalidate_retry_gfn"
 
 
 class Told(Scripted):
-    """The outcome is what the threads have found."""
+    """The outcome is all that the threads have found."""
 
     def start(self, execution: Execution) -> None:
         self.told: dict[int, list[int]] = {}
