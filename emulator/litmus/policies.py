@@ -89,7 +89,8 @@ def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:
     """Return the expected verdicts; none: any verdict is as expected.
 
     A test names the presets that are not safe.  Mutants and users' policies are judged only if it names them.
-    A policy that is unsafe only with more choices of explore's scheduler is safe without them.
+    A policy that is unsafe only with more choices of explore's scheduler is safe without them, and a mutant
+    of this kind as its base.
     """
     if name in test.expect.policies:
         return (test.expect.policies[name],)
@@ -97,5 +98,7 @@ def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:
         return (test.expect.default,)
     apart = any(name in policies for policies in test.expect.apart().values())
     if apart or is_consistent(name) or is_cost_only(name):
-        return (SAFE, INCONCLUSIVE)
+        mutant = _mutant(name)
+        base = test.expect.policies.get(mutant.base, SAFE) if mutant is not None else SAFE
+        return (base if isinstance(base, tuple) else SAFE, INCONCLUSIVE)
     return ()
