@@ -262,7 +262,13 @@ class RaceAnalysis(Timeline):
         the promise then."""
         if not self.facts.live or self._promised is None or self._remapped is not None:
             return False
+        if self._revoked is not None or self._has_lost(self.events[self._promised].cpu):
+            return False  # the zap is recorded, or may be among the lost events: a later fault made the SPTE
         return self._keep(self._promised, SKIPPED) is not None
+
+    def _has_lost(self, cpu: int) -> bool:
+        """Return whether a CPU's ring has lost events since the entry was filled."""
+        return self._last(lambda e: e.kind == "lost" and e.cpu == cpu, self._start, self._promised) is not None
 
     def _late(self) -> bool:
         """Return whether wrong timing explains the race.

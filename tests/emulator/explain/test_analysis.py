@@ -418,6 +418,17 @@ def test_an_spte_that_the_zap_skipped() -> None:
     assert analysis(race, live_sptes=1).moment(SKIPPED) is None
 
 
+def test_no_zap_is_called_missing_that_is_recorded_or_may_be_lost() -> None:
+    """The fault that installed the page again may not have written its event yet."""
+    found = analysis(flushed_mask(), live_sptes=1)
+    assert found.culprit is not None
+    assert found.culprit.meaning == ELIDED
+    lost = Race().enter(0, 100).add("lost", HOST, 70).leave(0, 160).promise(HOST).flush(0).enter(0, 160)
+    assert analysis(lost, live_sptes=1).moment(SKIPPED) is None
+    before = Race().add("lost", HOST, 70).enter(0, 100).leave(0, 160).promise(HOST).flush(0).enter(0, 160)
+    assert analysis(before, live_sptes=1).moment(SKIPPED) is not None
+
+
 def test_a_flush_before_the_zap() -> None:
     race = Race().enter(0, 100).request(HOST).leave(0, 120).flush(0).enter(0, 120).zap(HOST).promise(HOST)
     found = analysis(race)
