@@ -15,6 +15,9 @@ from emulator.scenario.config import load_scenario
 
 SECONDS = 60.0
 SEEDS = range(1, 5)
+# Of the translations that a missing flush leaves behind, chance uses one first: its page may be freed, only
+# zapped, or write-protected, or L1 may have taken it away.
+STALE = {"guest-stale", "l1-stale", "missed-guest-write", "stale-after-revoke", "use-after-free"}
 
 
 # Mutant: scenario, kind, and a statistic that shows that its code has run.  Where no vCPU moves and L1 has no
@@ -92,5 +95,5 @@ def test_mutant_is_caught(mutant: str) -> None:
     assert result.failure == ""
     assert result.verdict == "violations"
     found = {kind for report in result.reports for kind in report.kinds}
-    assert found & {kind, *MUTANTS[mutant].expected}, found
+    assert found & ({kind, *MUTANTS[mutant].expected} | (STALE if kind in STALE else set())), found
     assert result.snapshot.kvm(precondition) > 0
