@@ -268,7 +268,8 @@ class RaceAnalysis(Timeline):
 
     def _has_lost(self, cpu: int) -> bool:
         """Return whether a CPU's ring has lost events since the entry was filled."""
-        return self._last(lambda e: e.kind == "lost" and e.cpu == cpu, self._start, self._promised) is not None
+        lost = self._last(lambda e: e.kind == "lost" and e.cpu == cpu, self._start, self._promised)
+        return lost is not None
 
     def _late(self) -> bool:
         """Return whether wrong timing explains the race.
