@@ -86,6 +86,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "mm_present": Described("m vm start end", "part; reads mm(vm)"),
     "mm_unmap": Described("m cpu vm start end keep", "step mm; writes mm(vm), guest_frames, custody, memory(vm)"),
     "mm_protect": Described("m cpu vm start end writable", "step mm; writes mm(vm), guest_frames, custody, memory(vm)"),
+    "mm_stored": Described("m vm ever", "aside"),
     "kernel_spte_change": Described("m cpu vm table index level gfn step old value", "anything"),
     "kernel_split_custody": Described("m table huge_spte level", "anything"),
     "kernel_set_pfn": Described("m cpu vm gfn spte level", "anything"),

@@ -16,7 +16,7 @@ int mm_misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t hva)
 	return cpu_misuse(m, cpu, "user memory: %s (page 0x%llx)", what, (unsigned long long)hva);
 }
 
-void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn)
+void mm_fill_from(struct machine *m, struct mm *mm, uint64_t entry, uint32_t hfn)
 {
 	_Atomic uint64_t *words = frame_words(m->frames, hfn);
 	uint64_t *swap = mm_swap(entry);
@@ -27,7 +27,7 @@ void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn)
 		/* Relaxed, as in frame_fill(). */
 		for (uint32_t i = 0; i < FRAME_WORDS; i++)
 			atomic_store_explicit(&words[i], swap[i], memory_order_relaxed);
-		heap_free(m->heap, swap);
+		page_store_give(&mm->store, m->heap, swap);
 	} else {
 		frame_fill(m->frames, hfn, 0);
 	}
@@ -50,7 +50,7 @@ static uint64_t populate_page(struct machine *m, uint32_t cpu, struct mm *mm, ui
 	hfn = frame_alloc(m, cpu, FRAME_GUEST);
 	if (hfn < 0)
 		return 0;
-	mm_fill_from(m, entry, (uint32_t)hfn);
+	mm_fill_from(m, mm, entry, (uint32_t)hfn);
 	entry = (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | cow | (entry & MM_READONLY);
 	mm_set(m->frames, mm, hva, entry);
 	return entry;
@@ -71,7 +71,7 @@ int mm_break_cow(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t hva)
 	r = mm_region_lock(mm, hva);
 	entry = mm_get(mm, hva);
 	if (entry & MM_COW) {
-		mm_fill_from(m, entry, (uint32_t)hfn);
+		mm_fill_from(m, mm, entry, (uint32_t)hfn);
 		mm_set(m->frames, mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
 		hfn = mm_hfn(entry);
 	}
@@ -180,10 +180,10 @@ uint64_t mm_present(struct machine *m, uint32_t vm, uint64_t start, uint64_t end
 
 /* Return the entry of a page that is about to lose its frame, with its contents kept.  Unchanged if there is no
  * memory for them. */
-static uint64_t swap_out(struct machine *m, uint64_t entry)
+static uint64_t swap_out(struct machine *m, struct mm *mm, uint64_t entry)
 {
 	const _Atomic uint64_t *words = frame_words(m->frames, mm_hfn(entry));
-	uint64_t *swap = heap_zalloc(m->heap, FRAME_WORDS, sizeof(*swap));
+	uint64_t *swap = page_store_take(&mm->store, m->heap);
 
 	if (!swap)
 		return entry;
@@ -199,13 +199,13 @@ static uint32_t unmap_page(struct machine *m, uint32_t cpu, struct mm *mm, uint6
 
 	if (!(entry & MM_PRESENT)) {
 		if ((entry & MM_SWAPPED) && !keep) {
-			heap_free(m->heap, mm_swap(entry));
+			page_store_give(&mm->store, m->heap, mm_swap(entry));
 			mm_set(m->frames, mm, hva, next);
 		}
 		return 0;
 	}
 	if (keep) {
-		next = swap_out(m, entry);
+		next = swap_out(m, mm, entry);
 		if (next == entry)
 			return 0;
 	}
@@ -260,6 +260,17 @@ uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start
 	return changed;
 }
 
+uint64_t mm_stored(struct machine *m, uint32_t vm, int ever)
+{
+	struct page_store *s = &m->vms[vm].mm->store;
+	uint64_t pages;
+
+	spin_lock(&s->lock);
+	pages = ever ? s->places : s->taken;
+	spin_unlock(&s->lock);
+	return pages;
+}
+
 int mm_create(struct machine *m, struct vm *vm)
 {
 	struct mm *mm = heap_zalloc(m->heap, 1, sizeof(*mm));
@@ -289,11 +300,12 @@ void mm_destroy(struct machine *m, struct vm *vm)
 		if (entry & MM_PRESENT)
 			frame_release(m->frames, mm_hfn(entry));
 		else if (entry & MM_SWAPPED)
-			heap_free(m->heap, mm_swap(entry));
+			page_store_give(&mm->store, m->heap, mm_swap(entry));
 	}
 	heap_free(m->heap, mm->entry);
 	heap_free(m->heap, mm->region);
 	mm_image_destroy(m, (uint32_t)(vm - m->vms));
+	page_store_destroy(&mm->store);
 	heap_free(m->heap, mm);
 	vm->mm = NULL;
 }

@@ -10,6 +10,8 @@
 
 #include "core/machine_types.h"
 
+struct mm;
+
 /* api */
 struct mm_page {
 	uint32_t hfn;       /* of this 4 KiB page, in a block too */
@@ -48,11 +50,16 @@ uint64_t mm_unmap(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, 
  * changed in part is split. */
 /* call: step mm; writes mm(vm), guest_frames, custody, memory(vm) */
 uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int writable);
+/* Return the number of pages whose bytes are stored because they have no frame (swapped out, or in an image), or, with
+ * `ever`, the greatest number so far: memory does not grow beyond it.  0 on a machine
+ * with snapshots, whose heap stores them. */
+/* call: aside */
+uint64_t mm_stored(struct machine *m, uint32_t vm, int ever);
 /* end api */
 
 /* Under the region's lock: move the contents behind an entry into a frame, which then is the page's; swapped
  * bytes are freed. */
-void mm_fill_from(struct machine *m, uint64_t entry, uint32_t hfn);
+void mm_fill_from(struct machine *m, struct mm *mm, uint64_t entry, uint32_t hfn);
 /* MACHINE_MISUSE with a message. */
 int mm_misuse(struct machine *m, uint32_t cpu, const char *what, uint64_t hva);
 

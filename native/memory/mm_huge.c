@@ -20,7 +20,7 @@ static int move_page(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hv
 	hfn = frame_alloc(m, cpu, FRAME_GUEST);
 	if (hfn < 0)
 		return MACHINE_NOMEM;
-	mm_fill_from(m, entry, (uint32_t)hfn);
+	mm_fill_from(m, mm, entry, (uint32_t)hfn);
 	mm_set(m->frames, mm, hva, (uint64_t)hfn << MM_HFN_SHIFT | (entry & (MM_PRESENT | MM_READONLY)));
 	frame_free(m, cpu, mm_hfn(entry));
 	return 1;
@@ -70,7 +70,7 @@ static int collapse(struct machine *m, uint32_t cpu, struct mm *mm, uint64_t hva
 	for (uint32_t i = 0; i < REGION_PAGES; i++) {
 		uint64_t entry = mm_get(mm, hva + i);
 
-		mm_fill_from(m, entry, (uint32_t)block + i);
+		mm_fill_from(m, mm, entry, (uint32_t)block + i);
 		mm_set(m->frames, mm, hva + i, (uint64_t)(block + i) << MM_HFN_SHIFT | MM_PRESENT | (entry & MM_READONLY));
 		if (entry & MM_PRESENT)
 			frame_free(m, cpu, mm_hfn(entry));

@@ -27,7 +27,7 @@ void mm_image_destroy(struct machine *m, uint32_t vm)
 	struct mm_image *image = &m->vms[vm].mm->image;
 
 	for (uint64_t i = 0; i < image->n; i++)
-		heap_free(m->heap, image->page[i]);
+		page_store_give(&m->vms[vm].mm->store, m->heap, image->page[i]);
 	heap_free(m->heap, image->page);
 	*image = (struct mm_image){ 0 };
 }
@@ -94,7 +94,7 @@ static int copy_page(struct machine *m, struct mm *mm, uint64_t hva)
 	if (first == FRAME_WORDS)
 		return 0;
 	if (!*page)
-		*page = heap_zalloc(m->heap, FRAME_WORDS, sizeof(**page));
+		*page = page_store_take(&mm->store, m->heap);
 	if (!*page)
 		return MACHINE_NOMEM;
 	mm->image.changed++;

@@ -10,6 +10,7 @@
 #include "core/machine_types.h"
 #include "core/spin.h"
 #include "memory/frame.h"
+#include "memory/page_store.h"
 
 /* MM_COW: present, and its first write gets a copy. */
 enum { MM_PRESENT = 1, MM_READONLY = 2, MM_SWAPPED = 4, MM_COW = 8, MM_FLAGS = 15, MM_HFN_SHIFT = 12 };
@@ -33,6 +34,7 @@ struct mm {
 	_Atomic uint64_t *entry;
 	struct mm_region *region;
 	struct mm_image image;
+	struct page_store store;
 };
 
 static inline struct mm_region *mm_region_lock(struct mm *mm, uint64_t hva)

@@ -237,6 +237,40 @@ def test_an_image_knows_what_has_changed(rig: Rig) -> None:
     lib.mm_image_destroy(rig.m, VM0)
 
 
+def test_stored_pages_use_the_places_of_those_before(rig: Rig) -> None:
+    """A service swaps millions of pages out: memory must not grow with them."""
+    for _ in range(20):
+        for hva in range(200):
+            write(rig, hva, hva + 1)
+        assert lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(200), True) == 200
+        assert lib.mm_stored(rig.m, VM0, False) == 200
+        lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(100), False)
+        assert lib.mm_stored(rig.m, VM0, False) == 100
+        assert [lib.mm_read(rig.m, VM0, Hva(hva), WordIndex(5)) for hva in (99, 100, 199)] == [0, 101, 200]
+        assert lib.mm_image_create(rig.m, VM0, Hva(0), 512) == 0
+        assert lib.mm_image_copy_all(rig.m, VM0) == 512
+        assert lib.mm_stored(rig.m, VM0, False) == 200, "100 swapped out, and their copies"
+        lib.mm_image_destroy(rig.m, VM0)
+        for hva in range(100, 200):
+            rig.fault(hva)
+        assert lib.mm_stored(rig.m, VM0, False) == 0
+        assert lib.mm_unmap(rig.m, CPU, VM0, Hva(0), Hva(200), False) == 100
+    assert lib.mm_stored(rig.m, VM0, True) == 200, "as many places as were in use at once"
+
+
+def test_a_store_of_many_chunks(rig: Rig) -> None:
+    """Every place has bytes of its own, from the first chunk of 255 places to the last."""
+    assert lib.mm_image_create(rig.m, VM0, Hva(0), 2048) == 0
+    for hva in range(1500):
+        write(rig, hva, hva + 1)
+        assert lib.mm_unmap(rig.m, CPU, VM0, Hva(hva), Hva(hva + 1), True) == 1
+    assert lib.mm_image_copy_all(rig.m, VM0) == 2048
+    assert lib.mm_stored(rig.m, VM0, True) == 3000
+    assert lib.mm_image_differs(rig.m, VM0, Hva(0)) == -1
+    for hva in range(1500):
+        assert lib.mm_read(rig.m, VM0, Hva(hva), WordIndex(5)) == hva + 1
+
+
 HVA = st.integers(0, 1100)
 OPERATION = st.one_of(
     st.tuples(st.just("write"), HVA, st.integers(1, 1 << 60)),
