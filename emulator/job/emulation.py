@@ -143,6 +143,7 @@ class Emulation:
         except BaseException:
             self.machine.destroy()
             raise
+        lib.machine_trim()  # of all that decoding the traces took for a while
 
     @property
     def m(self) -> MachinePtr:

@@ -4,6 +4,9 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#ifdef __GLIBC__ /* from <stdio.h> */
+#include <malloc.h>
+#endif
 
 #include "core/cpu_types.h"
 #include "core/events.h"
@@ -125,6 +128,13 @@ static struct machine *no_memory(char *error, uint32_t size)
 static size_t heap_wanted(const struct machine_config *config)
 {
 	return ((size_t)256 << 20) + ((size_t)frames_wanted(config) << 13);
+}
+
+void machine_trim(void)
+{
+#ifdef __GLIBC__
+	malloc_trim(0);
+#endif
 }
 
 struct machine *machine_create(const struct machine_config *config, char *error, uint32_t size)

@@ -31,6 +31,10 @@ uint64_t machine_fingerprint(const struct machine *m);
  * (digest.c): equal for equal states.  Return 0, or MACHINE_MISUSE where the kernel cannot tell which pages differ. */
 /* call: anything */
 int machine_digest(struct machine *m, uint64_t digest[2]);
+/* Give the memory that the process has freed back to the kernel.  malloc(3) keeps it for later, and decoding
+ * traces frees a hundred MiB that a run does not need again. */
+/* call: aside */
+void machine_trim(void);
 /* Return the message of the last MACHINE_MISUSE on this CPU. */
 /* call: aside */
 const char *machine_error_text(struct machine *m, uint32_t cpu);
