@@ -1,4 +1,6 @@
-"""Logging: loguru on standard error, as text or JSON lines, with the standard library's loggers routed in.
+"""Logging: loguru on standard error or in a file, as text or JSON lines.
+
+The standard library's loggers are routed in.
 
 Logged are events that concern an operator (boot, stop, violations, stalls, deaths), never an access or a
 flush. A thread that logs puts the formatted line into a queue, and one thread writes the lines.  So a stuck
@@ -13,7 +15,7 @@ import queue
 import sys
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from loguru import logger
 
@@ -27,12 +29,26 @@ _LAST_WORDS_SECONDS = 1.0
 _TEXT = "{time:HH:mm:ss.SSS} {level: <8} {message}{extra[_fields]}"
 
 
-class Logging:
-    """Logs while the context lasts.  At its end, the lines in the queue are written."""
+class Stream(Protocol):
+    """Takes formatted lines.  Both methods may raise OSError or ValueError; the lines are lost then."""
 
-    def __init__(self, level: str = "INFO", log_format: LogFormat = "text") -> None:
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+class Logging:
+    """Logs while the context lasts.  At its end, the lines in the queue are written.
+
+    Without `to`, lines go to standard error.
+    """
+
+    def __init__(
+        self, level: str = "INFO", log_format: LogFormat = "text", *, to: Stream | None = None
+    ) -> None:
         self._level = level
         self._format = log_format
+        self._to = to
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
         self._abandoned = False
@@ -76,7 +92,7 @@ class Logging:
     def _write(self) -> None:
         while (line := self._lines.get()) is not None and not self._abandoned:
             # Look up the stream for each line: a live display replaces it while it is shown.
-            stream = sys.stderr
+            stream = self._to or sys.stderr
             try:
                 stream.write(line)
                 stream.flush()

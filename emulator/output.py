@@ -135,6 +135,56 @@ class Appending:
             self._descriptor = -1
 
 
+class LogFile:
+    """A log of whole lines that may be rotated while this process writes it.
+
+    The name is looked up for each line.  If its file was renamed or removed, the line begins a new file of
+    that name, so logrotate(8) needs no signal.  Lines are appended: after `copytruncate` they go on from the
+    start.
+    """
+
+    def __init__(self, where: str, path: Path) -> None:
+        """Open or make the file; raise Unwritable if that fails."""
+        _place(where, path)
+        self._path = path.absolute()  # not resolved: the link of a rotated log may be changed
+        try:
+            self._descriptor = self._open()
+        except OSError as error:
+            raise _unwritable(where, path, error) from error
+
+    def write(self, text: str) -> None:
+        """Add whole lines; raise OSError if that fails, or ValueError after `close`."""
+        if self._descriptor < 0:
+            raise ValueError("the log is closed")
+        if not self._is_current():
+            # If there can be no new file, such as in a directory that has gone, the old one is kept.
+            with contextlib.suppress(OSError):
+                new = self._open()
+                os.close(self._descriptor)
+                self._descriptor = new
+        data = text.encode(errors="backslashreplace")
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def flush(self) -> None:
+        """Do nothing: lines are not buffered."""
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+    def _open(self) -> int:
+        return os.open(
+            self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666
+        )
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+
 def check_file(where: str, path: Path) -> None:
     """Raise Unwritable if `write_file` would fail.  Called before hours of work, not after."""
     place = _place(where, path)

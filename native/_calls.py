@@ -173,7 +173,7 @@ CALLS: Final[Mapping[str, Described]] = {
     "machine_restore": Described("m", "anything"),
     "machine_fingerprint": Described("m", "anything"),
     "machine_digest": Described("m 2", "anything"),
-    "machine_trim": Described("", "aside"),
+    "machine_trim": Described("m", "aside"),
     "machine_error_text": Described("m cpu", "aside"),
     "cpu_offline": Described("m cpu", "anything"),
     "vm_create": Described("m gfns", "aside"),

@@ -158,6 +158,7 @@ def _request(
         as_json=as_json,
         log_level=options.log_level.upper(),
         log_format=options.log_form,
+        log_file=options.log_file,
         report_dir=options.report_dir,
     )
 

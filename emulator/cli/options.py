@@ -206,6 +206,14 @@ LogFormatOption = Annotated[
     LogFormatChoice,
     typer.Option(envvar="FLUSHLAB_LOG_FORMAT", help="Format of log lines. json: one JSON object per line."),
 ]
+LogFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="FLUSHLAB_LOG_FILE",
+        help="Append log lines to this file, which may be rotated meanwhile. Default: standard error.",
+    ),
+]
 ReportDirOption = Annotated[
     Path | None,
     typer.Option(
@@ -246,6 +254,7 @@ class RunOptions(MachineOptions):
     metrics_per_cpu: PerCpuOption = False
     log_level: LogLevelOption = LogLevel.INFO
     log_format: LogFormatOption = LogFormatChoice.TEXT
+    log_file: LogFileOption = None
     report_dir: ReportDirOption = None
 
     @property

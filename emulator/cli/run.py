@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from emulator.cli.session import Session
 from emulator.cli.systemd import ServiceManager
 from emulator.errors import BadInput
 from emulator.log import LogFormat, Logging
-from emulator.output import make_directory, saying
+from emulator.output import LogFile, make_directory, saying
 from emulator.policy import DEFAULT, Policy, check_answer, parse_setting, spelled_policy
 from emulator.policy.suitable import check_suits
 from emulator.report.console import output_console
@@ -56,6 +56,7 @@ class Request:
     as_json: bool
     log_level: str
     log_format: LogFormat
+    log_file: Path | None = None
     report_dir: Path | None
 
 
@@ -69,7 +70,11 @@ def run_request(request: Request, tree: TreeReport | None = None) -> int:
     if request.report_dir is not None:
         make_directory("--report-dir", request.report_dir)
     findings = Findings(request.report_dir, _head(request, scenario, policy))
-    with Logging(request.log_level, request.log_format), ExitStack() as stack:
+    with ExitStack() as stack:
+        log = None
+        if request.log_file is not None:
+            log = stack.enter_context(closing(LogFile("--log-file", request.log_file)))
+        stack.enter_context(Logging(request.log_level, request.log_format, to=log))
         collector = MachineCollector(
             {"policy": policy.name, "scenario": scenario.name},
             per_cpu=request.metrics_per_cpu,

@@ -143,7 +143,7 @@ class Emulation:
         except BaseException:
             self.machine.destroy()
             raise
-        lib.machine_trim()  # of all that decoding the traces took for a while
+        lib.machine_trim(self.m)  # of all that decoding the traces took for a while
 
     @property
     def m(self) -> MachinePtr:

@@ -130,8 +130,9 @@ static size_t heap_wanted(const struct machine_config *config)
 	return ((size_t)256 << 20) + ((size_t)frames_wanted(config) << 13);
 }
 
-void machine_trim(void)
+void machine_trim(const struct machine *m)
 {
+	(void)m; /* the process's own memory is meant */
 #ifdef __GLIBC__
 	malloc_trim(0);
 #endif

@@ -34,7 +34,7 @@ int machine_digest(struct machine *m, uint64_t digest[2]);
 /* Give the memory that the process has freed back to the kernel.  malloc(3) keeps it for later, and decoding
  * traces frees a hundred MiB that a run does not need again. */
 /* call: aside */
-void machine_trim(void);
+void machine_trim(const struct machine *m);
 /* Return the message of the last MACHINE_MISUSE on this CPU. */
 /* call: aside */
 const char *machine_error_text(struct machine *m, uint32_t cpu);
