@@ -108,6 +108,7 @@ class TdpRemoval(CDataBase):
     page: Hfn
     page_level: Level
     leafs: int
+    old_spte: int
 
 class TdpRemovalPtr(TdpRemoval):
     def __getitem__(self, index: int, /) -> TdpRemoval: ...
@@ -127,6 +128,7 @@ class TdpChunk(CDataBase):
     mask: int
     most_changed: int
     changed: int
+    old_spte: int
     pages: int
     flush: int
     looked_at: int

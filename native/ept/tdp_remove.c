@@ -86,6 +86,7 @@ static bool remove_child(struct machine *m, uint32_t cpu, uint32_t vm, struct le
 			spte_set_pfn(m, cpu, vm, gfn, old, level);
 		spte_ungrant_at(ledger, m->frames, gfn, old, level, true, old & SPTE_WRITABLE);
 		r->leafs += pages;
+		r->old_spte |= old;
 	}
 	r->gfn += pages;
 	return true;
@@ -117,6 +118,7 @@ int tdp_removal_step(struct machine *m, uint32_t cpu, uint32_t vm, struct tdp_re
 	ipi_drain(m, cpu);
 	removal->page = 0;
 	removal->leafs = 0;
+	removal->old_spte = 0;
 	while (removal->level && !rc) {
 		if (removal->index[removal->level] == FRAME_WORDS) {
 			page_done(removal);

@@ -24,6 +24,7 @@ struct tdp_removal {
 	uint32_t page;       /* the table page that it has completed; 0: none */
 	uint32_t page_level; /* of that page's entries */
 	uint64_t leafs;      /* 4 KiB pages unmapped */
+	uint64_t old_spte;   /* their SPTEs, as they were, OR'ed */
 };
 
 /* Begin at a table that was linked by `spte`, of `level`.  If the frame is no longer that table, this is

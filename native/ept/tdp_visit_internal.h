@@ -41,11 +41,12 @@ enum step {
 	STEP_STOP,    /* the call ends: found, out of budget, or at the end */
 };
 
-static inline void changed(struct tdp_iter *it, uint64_t gfn, uint64_t pages)
+static inline void changed(struct tdp_iter *it, uint64_t gfn, uint64_t pages, uint64_t old_spte)
 {
 	if (!it->c->changed++)
 		it->first_changed = gfn;
 	it->c->pages += pages;
+	it->c->old_spte |= old_spte;
 }
 
 /* Replace a present SPTE; *spte is the value actually replaced.  False: it changed during a shared walk. */
@@ -71,7 +72,7 @@ static inline __attribute__((always_inline)) enum step zap_leaf(struct tdp_iter 
 		ledger_ungrant_one(&it->ledger, it->frames, gfn, spte_hfn(spte), true, spte & SPTE_WRITABLE);
 	else
 		spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, true, spte & SPTE_WRITABLE);
-	changed(it, gfn, pages);
+	changed(it, gfn, pages, spte);
 	return STEP_NEXT;
 }
 
@@ -94,7 +95,7 @@ static inline enum step zap_spte(struct tdp_iter *it, _Atomic uint64_t *sptep, u
 	ledger_release(&it->ledger);
 	if (!replace(it, sptep, &spte, it->c->freeze ? FROZEN_SPTE : 0))
 		return STEP_RETRY;
-	changed(it, gfn, 0);
+	changed(it, gfn, 0, spte);
 	return found(it, gfn, spte);
 }
 
@@ -111,7 +112,7 @@ static inline enum step clear_writable(struct tdp_iter *it, _Atomic uint64_t *sp
 						     memory_order_acq_rel, memory_order_relaxed))
 		return STEP_RETRY;
 	spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, false, true);
-	changed(it, gfn, pages);
+	changed(it, gfn, pages, spte);
 	return STEP_NEXT;
 }
 
@@ -133,7 +134,7 @@ static inline enum step age(struct tdp_iter *it, _Atomic uint64_t *sptep, uint64
 	it->c->young++;
 	if (spte & ~new_spte & SPTE_WRITABLE)
 		spte_ungrant_at(&it->ledger, it->frames, gfn, spte, it->level, false, true);
-	changed(it, gfn, pages);
+	changed(it, gfn, pages, spte);
 	return STEP_NEXT;
 }
 

@@ -219,7 +219,7 @@ static void chunk_begin(struct tdp_iter *it, struct tdp_chunk *c)
 {
 	uint64_t limit = kvm_pages_per_hpage(c->root_level + 1);
 
-	c->changed = c->pages = c->flush = c->already = c->young = 0;
+	c->changed = c->old_spte = c->pages = c->flush = c->already = c->young = 0;
 	c->found_level = 0;
 	c->zapped = c->next_gfn;
 	it->most_changed = c->most_changed && c->walk != TDP_COUNT ? c->most_changed : UINT64_MAX;

@@ -42,6 +42,7 @@ struct tdp_chunk {
 	uint64_t most_changed; /* a call ends after this many changes; 0: no such limit */
 	/* Results of this call alone: */
 	uint64_t changed;   /* SPTEs changed (TDP_COUNT: leafs seen) */
+	uint64_t old_spte;  /* the SPTEs that were changed, as they were, OR'ed: with one change, that SPTE */
 	uint64_t pages;     /* changed, in 4 KiB pages, without those in tables */
 	uint64_t flush;     /* of those, pages that need a TLB flush (zapped, or W cleared) */
 	uint64_t looked_at; /* SPTEs visited, out of `max` */

@@ -54,6 +54,17 @@ def test_removal_goes_entry_by_entry(rig: Rig) -> None:
     assert seen == [(1, 0), (0, 0), (1, 0), *[(0, 0)] * 508, (0, table)]
 
 
+def test_the_removed_leafs_are_told_as_they_were(rig: Rig) -> None:
+    spte = map_page(rig, 0)
+    _, removal = unlinked(rig, 2)
+    seen = []
+    for _ in range(3):
+        assert lib.tdp_removal_step(rig.m, CPU, VM0, removal, 1) == 0
+        seen.append(removal.old_spte)
+    assert seen[:2] == [spte, 0]
+    assert seen[2] & lib.SPTE_ACCESSED
+
+
 def test_removal_by_single_changes(rig: Rig) -> None:
     table, removal = unlinked(rig, 0, 2)
     removal.single = 1

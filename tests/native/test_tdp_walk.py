@@ -71,6 +71,21 @@ def test_access_tracking(rig: Rig, shared: int) -> None:
     assert rig.right(5) == 0
 
 
+def test_the_changed_sptes_are_told_as_they_were(rig: Rig) -> None:
+    """tdp_iter's old_spte: by a policy that flushes for some SPTEs only."""
+    writable, read_only = map_page(rig, 1), map_page(rig, 2, writable=False)
+    rig.step(rig.chunk(lib.TDP_AGE, 1, 2, shared=1))
+    aged = writable & ~ACCESSED
+    chunk = rig.chunk(lib.TDP_ZAP_LEAFS, 1, 3, most_changed=1)
+    assert [rig.step(chunk).old_spte, rig.step(chunk).old_spte] == [aged, read_only]
+    map_page(rig, 1)
+    map_page(rig, 2, writable=False)
+    both = rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, 1, 3)).old_spte
+    assert both & ACCESSED
+    assert both & WRITABLE
+    assert rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, 1, 3)).old_spte == 0
+
+
 def test_partial_zap_of_a_huge_page_takes_it_whole(rig: Rig) -> None:
     map_huge(rig)
     chunk = rig.step(rig.chunk(lib.TDP_ZAP_LEAFS, HUGE_GFN + 100, HUGE_GFN + 101))

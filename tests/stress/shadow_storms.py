@@ -85,6 +85,7 @@ RARE: Final[dict[str, Storm]] = {
 MISSED: Final[dict[str, str]] = {
     "shadow-direct-page-stays": "No guest maps a huge page twice, with different rights.",
     "shadow-pcide-keeps-roots": "Guests set CR4.PCIDE once, as they boot.",
+    "shadow-zap-flushes-accessed-only": "No scenario without EPT ages pages.",
     "shadow-wp-user-writes": "No guest's kernel writes to the pages of its processes.",
     "shadow-direct-shares-rights": "No guest maps a huge page twice, with different rights.",
 }

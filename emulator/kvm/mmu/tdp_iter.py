@@ -80,6 +80,14 @@ class TdpIter:
     def next_last_level_gfn(self) -> Gfn:
         return self.chunk.next_gfn
 
+    @property
+    def old_spte(self) -> int:
+        """iter->old_spte of each SPTE that the last step changed, OR'ed together.
+
+        A bit that is clear here was clear in all of them.  Under `explore` a step changes one SPTE at most.
+        """
+        return int(self.chunk.old_spte)
+
     def step(self, cpu: Cpu, kvm: Kvm) -> int:
         """Process up to params.chunk SPTEs, or with params.single stop at the first that changes; return how
         many changed.

@@ -51,6 +51,8 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "later-root-forgets-flush": ("zap-root-order", FLUSH, ""),
     "recovery-forgets-flush": ("huge-replaces-table", ELIDED, "elided"),
     "recovery-uses-old-iterator": ("recover-yields", REFERENCE, ""),
+    "zap-flushes-accessed-only": ("aged-unmap", FLUSH, ""),
+    "shadow-zap-flushes-accessed-only": ("shadow-aged-unmap", FLUSH, ""),
     "zap-misses-first": ("zap-range-first", SKIPPED, "promise"),
     "shadow-zap-misses-first": ("shadow-zap-range-first", SKIPPED, "promise"),
     "iterator-skips-spte": ("zap-yield-restart", SKIPPED, "promise"),
