@@ -9,7 +9,7 @@ from typing import Final
 from emulator.litmus.checks import sequence
 from emulator.litmus.model import INCONCLUSIVE, SAFE, Expected, LitmusTest
 from emulator.litmus.nested_ops import VmwriteEptp
-from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, canonical, spelled_policy
+from emulator.policy import MUTANTS, PRESETS, Mutant, Policy, PolicyError, base_of, canonical, spelled_policy
 from emulator.policy.mutants import PREFIX
 from emulator.policy.suitable import check_suits, unasked_answer
 
@@ -102,3 +102,20 @@ def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:
         base = test.expect.policies.get(mutant.base, SAFE) if mutant is not None else SAFE
         return (base if isinstance(base, tuple) else SAFE, INCONCLUSIVE)
     return ()
+
+
+def violations_of_base(test: LitmusTest, name: str) -> frozenset[str]:
+    """Return the kinds of violation that the test expects of the policy on which this one is built.
+
+    Met under a user's policy, they say nothing against the user's change.  None for a preset, and for a
+    policy with files that can no longer be read.
+    """
+    if name in PRESETS:
+        return frozenset()
+    mutant = _mutant(name)
+    try:
+        base = mutant.base if mutant is not None else base_of(name)
+    except PolicyError:
+        return frozenset()
+    expected = test.expect.policies.get(base, test.expect.default)
+    return frozenset(expected) if isinstance(expected, tuple) else frozenset()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
-from emulator.litmus.policies import expected_of, is_consistent, is_cost_only
+from emulator.litmus.policies import expected_of, is_consistent, is_cost_only, violations_of_base
 from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
@@ -86,7 +86,16 @@ class Results:
             for policy in self.policies
             if not policy.startswith(PREFIX)
             for test, outcome in self.of_policy(policy)
-            if outcome.kinds and not expected_of(test, policy)
+            if outcome.kinds.keys() - violations_of_base(test, policy) and not expected_of(test, policy)
+        ]
+
+    def of_bases(self) -> list[tuple[LitmusTest, Outcome]]:
+        """Return violations under other policies than presets that each one's base shows as well."""
+        return [
+            (test, outcome)
+            for policy in self.policies
+            for test, outcome in self.of_policy(policy)
+            if outcome.kinds and not outcome.kinds.keys() - violations_of_base(test, policy)
         ]
 
     def verdicts(self) -> Iterator[tuple[str, str, str]]:
@@ -227,7 +236,7 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
         caught = [
             f"{test.name}{_share(outcome)} ({', '.join(sorted(outcome.kinds))})"
             for test, outcome in outcomes
-            if outcome.kinds
+            if outcome.kinds.keys() - violations_of_base(test, policy)
         ]
         caught += [f"{test.name} (failed)" for test, outcome in outcomes if outcome.failure]
         nothing = Text("nothing" + _why(policy))
@@ -261,6 +270,9 @@ def _print_differences(results: Results, console: Console) -> None:
         found = ", ".join(f"{n:,} {kind}" for kind, n in sorted(outcome.kinds.items()))
         console.print(Text(f"  {test.name} under {outcome.policy}: {found}"))
         console.print(Text(f"    {rerun(results, test, outcome)}", style="dim"))
+    for test, outcome in results.of_bases():
+        found = ", ".join(sorted(outcome.kinds))
+        console.print(Text(f"  {test.name} under {outcome.policy}: {found}, as under its base"))
     if differing:
         console.print(Text(f"{len(differing)} verdicts are not as expected:", style="bold"))
     for test, outcome, text in differing:

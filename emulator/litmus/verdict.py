@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,20 +100,26 @@ def proven(test: LitmusTest, evidence: Mapping[str, int]) -> bool:
 
 
 def proofs(verdicts: Iterable[tuple[str, str, str]]) -> str:
-    """Return one line about searches, each a verdict, a test and a policy: the number of proofs, and the
-    searches that tested nothing."""
-    proved, vacuous = 0, dict[str, list[str]]()
+    """Return a line about searches, each a verdict, a test and a policy: how many proved their test, how many
+    did not come to their end, and which tested nothing.  A policy that is the only one is not named."""
+    counts, vacuous, policies = Counter[str](), dict[str, list[str]](), set[str]()
     for verdict, test, policy in verdicts:
-        proved += verdict == SAFE
+        counts[verdict] += 1
+        policies.add(policy)
         if verdict == INCONCLUSIVE:
             vacuous.setdefault(test, []).append(policy)
-    names = [
-        f"{test} under {policies[0] if len(policies) == 1 else f'{len(policies)} policies'}"
-        for test, policies in vacuous.items()
-    ]
-    n = sum(map(len, vacuous.values()))
-    text = f"{proved:,} proved with their precondition met, {n:,} inconclusive"
+    parts = [f"{counts[SAFE]:,} proved with their precondition met"]
+    if counts[BOUNDED] + counts[SEARCHED]:
+        parts.append(f"{counts[BOUNDED] + counts[SEARCHED]:,} not searched to the end")
+    text = f"{', '.join(parts)}, {counts[INCONCLUSIVE]:,} inconclusive"
+    names = [test + _under(found, len(policies)) for test, found in vacuous.items()]
     return f"{text}: {', '.join(names)}" if names else text
+
+
+def _under(found: list[str], policies: int) -> str:
+    if policies == 1:
+        return ""
+    return f" under {found[0] if len(found) == 1 else f'{len(found)} policies'}"
 
 
 def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) -> str | None:

@@ -11,6 +11,7 @@ from emulator.policy.proposals import PROPOSALS
 from emulator.policy.spelling import check_policy, parse_policy
 from emulator.policy.user import (
     UserPolicyError,
+    base_of,
     class_policy,
     load_user_policy,
     resolve_policy,
@@ -30,6 +31,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "UserPolicyError",
+    "base_of",
     "canonical",
     "check_answer",
     "check_policy",

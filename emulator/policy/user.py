@@ -44,6 +44,7 @@ from emulator.policy.spelling import parse_policy
 
 __all__ = [
     "UserPolicyError",
+    "base_of",
     "class_policy",
     "load_user_policy",
     "resolve_policy",
@@ -71,6 +72,17 @@ def spelled_policy(text: str, name: str | None = None, parts: Parts = ()) -> Pol
     base, answers, patches = parse_policy(text)
     policy = _patched(base, patches, parts, name) if patches else resolve_policy(base)
     return policy.with_settings(answers, name) if answers else policy
+
+
+def base_of(text: str) -> str:
+    """Return the name of the preset or mutant on which the policy that `text` spells is built.
+
+    Raises PolicyError or UserPolicyError if the text, or a file that it names, is wrong.
+    """
+    base, _, patches = parse_policy(text)
+    if base.endswith(".py"):
+        return read_source(Path(base)).loaded.base.name
+    return base or (_read(patches).base or DEFAULT)
 
 
 def _patched(base: str, paths: tuple[str, ...], parts: Parts, name: str | None) -> Policy:
