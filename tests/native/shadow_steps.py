@@ -1,0 +1,72 @@
+"""Random programs for a ShadowPair: mostly accesses to mapped pages, between changes of all kinds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tests.native.shadow_pair import ANYWHERE, FLAGS, HUGE, PAGES, ROOTS, ShadowPair
+
+
+class Choice:
+    """The operands of a step."""
+
+    def __init__(self, r: random.Random) -> None:
+        self.cpu, self.vcpu, self.root = r.randrange(2), r.randrange(2), r.randrange(ROOTS)
+        self.page, self.other, self.anywhere = r.choice(PAGES), r.choice(PAGES), r.choice(ANYWHERE)
+        self.first = r.choice(tuple(HUGE))
+        self.flags = {flag for flag in FLAGS if r.random() < 0.8}
+        self.kinds = [r.randrange(3) for _ in PAGES]
+        self.kind, self.pcid, self.number = self.kinds[0], r.randrange(3), r.randrange(8)
+        self.often, self.seldom = r.random() < 0.5, r.random() < 0.3
+
+
+def _walk_unlinked(pair: ShadowPair, c: Choice) -> None:
+    """Use a cached pointer to a table that is unlinked."""
+    pair.sweep(c.cpu, c.vcpu, c.root, c.pcid, c.kinds)
+    pair.unlink(c.root, c.page)
+    pair.access(c.cpu, c.vcpu, c.page, c.kind)
+
+
+#: Each with its weight.
+STEPS: tuple[tuple[int, Callable[[ShadowPair, Choice], None]], ...] = (
+    (1, lambda p, c: p.set_spte(c.root, c.page, c.flags, c.seldom, c.other)),
+    (3, lambda p, c: p.set_spte(c.root, c.page, c.flags, c.seldom)),
+    (1, lambda p, c: p.map_all(c.root)),
+    (1, lambda p, c: p.set_huge(c.root, c.first, c.flags, c.seldom)),
+    (1, lambda p, c: p.zap(c.root, c.page)),
+    (1, lambda p, c: p.write_protect(c.root, c.page)),
+    (1, lambda p, c: p.set_mmio(c.root, c.page)),
+    (1, lambda p, c: p.zap_huge(c.root, c.first)),
+    (1, lambda p, c: p.promise(c.page, c.often)),
+    (1, lambda p, c: p.free(c.page)),
+    (1, lambda p, c: p.track(c.page, c.often)),
+    (1, _walk_unlinked),
+    (1, lambda p, c: p.free_table(c.number)),
+    (1, lambda p, c: p.walk_freed(c.root, c.page, c.cpu, c.vcpu, c.kind)),
+    (1, lambda p, c: p.give_vpid(c.vcpu, 1 + c.often)),
+    (1, lambda p, c: p.invvpid_single(c.cpu, c.vcpu)),
+    (1, lambda p, c: p.invvpid_retain_globals(c.cpu, c.vcpu)),
+    (1, lambda p, c: p.invvpid_address(c.cpu, c.vcpu, c.anywhere)),
+    (1, lambda p, c: p.invvpid_all(c.cpu)),
+    (1, lambda p, c: p.invept_global(c.cpu)),
+    (1, lambda p, c: p.skip(c.vcpu)),
+    (2, lambda p, c: p.speculate(c.cpu, c.vcpu, c.anywhere)),
+    (4, lambda p, c: p.sweep(c.cpu, c.vcpu, c.root, c.pcid, c.kinds)),
+    (4, lambda p, c: p.access(c.cpu, c.vcpu, c.anywhere, c.kind, supervisor=True)),
+    (5, lambda p, c: p.access(c.cpu, c.vcpu, c.anywhere, c.kind)),
+)
+
+
+def random_program(pair: ShadowPair, seed: int, steps: int) -> None:
+    """Do random steps, and compare after each."""
+    r = random.Random(seed)
+    weights = [weight for weight, _ in STEPS]
+    for root in range(ROOTS):
+        pair.map_all(root)
+    for number, (_, step) in enumerate(r.choices(STEPS, weights, k=steps)):
+        step(pair, Choice(r))
+        try:
+            pair.compare()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, step {number}") from error
