@@ -66,6 +66,8 @@ def test_abstract_names_and_no_manager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_unit_restarts_what_a_restart_can_help() -> None:
     text = UNIT.read_text("utf-8")
     assert "Type=notify\n" in text
+    # With `main`, systemd would wait in vain for `serve --kernel`, and end it after TimeoutStartSec.
+    assert "NotifyAccess=all\n" in text
     # 1 is a verdict and 2 the user's input; an internal failure is 3.
     assert "RestartPreventExitStatus=1 2\n" in text
 
