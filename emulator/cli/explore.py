@@ -51,33 +51,33 @@ EXPLORE_HELP = (
     "command goes on from there."
 )
 EXPLORE_EXAMPLES = """\
+\b
 Is the proposal sound, and if not, how does it fail?
-
-    flushlab explore return-zap --policy lkml-2025-cpu-flushed-mask --output hole
-
+    flushlab explore return-zap --policy lkml-2025-cpu-flushed-mask \\
+        --output hole
     flushlab explain hole/*.json
 
-Violations that need a speculative TLB fill, and violations that need a missing barrier:
+\b
+Violations by a speculative TLB fill, and by a missing barrier:
+    flushlab explore speculative-fill --policy migration=none \\
+        --adversary speculate
+    flushlab explore entry-races-request --store-buffers \\
+        --policy mutant:entry-without-barrier
 
-    flushlab explore speculative-fill --policy migration=none --adversary speculate
-
-    flushlab explore entry-races-request --policy mutant:entry-without-barrier --store-buffers
-
+\b
 The TDP MMU of a kernel's source, patched or not, in every interleaving:
-
     flushlab explore return-zap --kernel ~/linux
 
+\b
 Repeat an execution step by step; a step that differs is an error:
+    flushlab explore --replay \\
+        hole/return-zap-lkml-2025-cpu-flushed-mask.json
 
-    flushlab explore --replay hole/return-zap-lkml-2025-cpu-flushed-mask.json
-
-See what a test does: its first execution, the first one that meets its precondition, and the state before a
-step:
-
+\b
+Follow a test: its first execution, the first one that meets its
+precondition, and the state before a step:
     flushlab explore return-zap --trace
-
     flushlab explore fault-races-unmap --trace --reach needs --output seen
-
     flushlab explore --replay seen/*.json --stop-at 40
 """
 

@@ -48,27 +48,27 @@ LITMUS_HELP = (
     "with the number of missing ones."
 )
 EXAMPLES = """\
+\b
 All tests under all presets, in some minutes:
-
     flushlab litmus
 
+\b
 One test under one proposal, and all tests under a policy of your own:
-
     flushlab litmus return-zap --policy lkml-2025-cpu-flushed-mask
-
     flushlab litmus --policy my_policy.py --iterations 1000
 
+\b
 A test of your own, under a preset with another answer at one point:
-
     flushlab litmus my.toml --policy root-tlb-gen+migration_vpid=none
 
+\b
 All tests on the TDP MMU of a kernel's source, patched or not:
-
     flushlab litmus --kernel ~/linux
 
+\b
 Proofs, with at most a minute for each test and policy (takes hours):
-
-    flushlab litmus --explore --iterations 1000000 --seconds 60 --store proofs.jsonl
+    flushlab litmus --explore --iterations 1000000 --seconds 60 \\
+        --store proofs.jsonl
 """
 
 PolicyOption = Annotated[

@@ -22,16 +22,17 @@ EXIT_USAGE = 2
 LONG_INPUT = 32 << 20
 
 RECORDING = """\
-Record a program of your own (about two million accesses a second; valgrind writes the recording to
-descriptor 9, which the shell turns into a pipe):
-
 \b
+Record a program of your own (about two million accesses a second; valgrind
+writes the recording to descriptor 9, which the shell turns into a pipe):
   valgrind --tool=lackey --trace-mem=yes --log-fd=9 PROGRAM ARGS \\
       9>&1 >/dev/null \\
     | flushlab trace convert - my.fltrace --skip 20000000 --limit 2000000
 
---skip leaves out start-up (a dynamic linker is the same in every program). Try a few values, and compare the
-traces with `flushlab trace info`. Conversion stops reading after --limit records, which ends the program.
+\b
+--skip leaves out start-up (a dynamic linker is the same in every program).
+Try a few values, and compare the traces with `flushlab trace info`.
+Conversion stops reading after --limit records, which ends the program.
 """
 
 app = typer.Typer(
