@@ -19,6 +19,7 @@ from emulator.litmus.suite import Task, run_suite, run_task
 from emulator.litmus.table import Results, print_results
 from emulator.litmus.verdict import Outcome, differs, proven
 from emulator.policy import PRESETS, Policy
+from tests.emulator.litmus.turns import by_turns
 
 # For the long run of all tests: executions per test and policy.
 ITERATIONS = int(os.environ.get("FLUSHLAB_LITMUS_ITERATIONS", "2"))
@@ -428,11 +429,12 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.stress
 @pytest.mark.timeout(0 if ITERATIONS > 50 else 300)
 def test_all_presets_on_all_tests() -> None:
-    """FLUSHLAB_LITMUS_ITERATIONS=1500: a million executions of sound policies."""
+    """FLUSHLAB_LITMUS_ITERATIONS=1500 FLUSHLAB_PRESETS=all: millions of executions of sound policies."""
     wrong = []
-    for test in shipped_tests():
+    # Not under the presets with which test_no_vacuous_proofs.py tries the same test.
+    for turn, test in enumerate(shipped_tests(), start=1):
         with running(test, 1) as runner:
-            for name in (name for name in PRESETS if suits(test, name)):
+            for name in by_turns(test, turn):
                 outcome = runner.run(named_policy(name), ITERATIONS, 1)
                 expected = expected_of(test, name)
                 # Few executions: a violation that has not happened yet is no surprise.

@@ -8,8 +8,6 @@ and its document has the counts.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from emulator.explore.machine.lib import instrument
@@ -19,26 +17,33 @@ from emulator.explore.strategies.sampling import Pct, RandomWalk
 from emulator.explore.strategies.search import Limits, search
 from emulator.litmus.loader import parse_test, shipped_tests
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
-from emulator.litmus.policies import expected_of, named_policy, suits
-from emulator.policy import PRESETS
+from emulator.litmus.policies import expected_of, named_policy
+from tests.emulator.litmus.turns import by_turns
 
 TESTS = {test.name: test for test in shipped_tests()}
 # Executions until a danger that is rare has come about, and those that say that none can.
-RARE, NONE = 400, 12
-# Of all orders, before some are sampled.
+RARE, NONE = 400, 16
+# Of each of the strategies that meet most dangers at once, before orders are sampled at length.
 FEW = 4
 
 
 def first_met(test: LitmusTest, policy: str, most: int) -> int:
     """Return the number of the first execution that meets the test's need; 0: none of `most`."""
     program = LitmusProgram(test, named_policy(policy))
-    strategies = Exhaustive(program.objects, bound=0), Pct(most, 0, 3), RandomWalk(most, 0)
+    strategies = (
+        (Exhaustive(program.objects, bound=0), FEW),
+        (RandomWalk(FEW, 0), FEW),
+        (Exhaustive(program.objects, bound=1), 2 * FEW),
+        (Pct(most, 0, 3), most // 2),
+        (RandomWalk(most, 1), most),
+    )
     done = 0
     try:
         with instrument(program.control):
-            for strategy in strategies:
-                left = min(FEW, most) if strategy.exhaustive else most // 2
-                limits = Limits(executions=left)
+            for strategy, share in strategies:
+                limits = Limits(executions=min(share, most - done))
+                if not limits.executions:
+                    break
                 found = search(
                     program, program.objects, strategy, limits, bool, lambda: program.met().precondition
                 )
@@ -63,10 +68,7 @@ def wrong(test: LitmusTest, policy: str) -> str:
 
 def presets_of(name: str) -> list[str]:
     """Return those under which a test is tried here."""
-    every = 1 if os.environ.get("FLUSHLAB_PRESETS") == "all" else 2
-    others = [policy for policy in PRESETS if policy != "linux-7.3"]
-    turn = list(TESTS).index(name) % every
-    return [policy for policy in ("linux-7.3", *others[turn::every]) if suits(TESTS[name], policy)]
+    return by_turns(TESTS[name], list(TESTS).index(name))
 
 
 @pytest.mark.slow
