@@ -6,6 +6,8 @@ the misses that other code is here to show.  With a real geometry it must hold n
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -25,6 +27,9 @@ from tests.native.tlb_pair import (
     Pair,
 )
 from tests.native.tlb_pair import random_program as run_random_program
+
+# Random programs for each geometry.
+PROGRAMS = int(os.environ.get("FLUSHLAB_PROGRAMS", "1000"))
 
 page = st.sampled_from(PAGES) | st.integers(0, 1100)
 size = st.sampled_from((0, 0, 0, 1, 2))
@@ -117,7 +122,7 @@ def test_random_programs(geometry: Geometry) -> None:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("geometry", [UNBOUNDED, SERVER, TINY], ids=["unbounded", "server", "tiny"])
-@pytest.mark.parametrize("first", range(1000, 3000, 500))
+@pytest.mark.parametrize("first", range(1000, 1000 + PROGRAMS, 500))
 def test_many_random_programs(geometry: Geometry, first: int) -> None:
     for seed in range(first, first + 500):
         run_random_program(geometry, seed, steps=80)

@@ -9,7 +9,7 @@ both must be the same after each step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -187,14 +187,14 @@ class Side(Hypervisor):
         for vcpu in self.vcpus:
             lib.vmcs_write_eptp(self.m, self.vmcs[vcpu], self.roots[VM0], Level(4))
 
-    def cached(self, cpu: CpuId) -> tuple[list[Any], list[Any]]:
-        """Everything valid, in no order."""
+    def dumped(self, cpu: CpuId) -> tuple[Dump, Dump]:
+        """Return every valid entry, in the order of the caches."""
         tlb = lib.cpu_tlb(self.m, cpu)
         entries, tables = ffi.new("struct tlb_entry[]", 2048), ffi.new("struct psc_entry[]", 512)
         n, k = lib.tlb_dump(tlb, entries, 2048), lib.psc_dump(tlb, tables, 512)
         assert n <= 2048
         assert k <= 512
-        return sorted(fields(entries[i]) for i in range(n)), sorted(fields(tables[i]) for i in range(k))
+        return Dump(entries, n), Dump(tables, k)
 
     def first_level(self, cpu: CpuId) -> list[Any]:
         hfn, right = ffi.new("uint32_t *"), ffi.new("uint32_t[]", 3)
@@ -205,6 +205,27 @@ class Side(Hypervisor):
         values = ffi.new("uint64_t[]", lib.COUNTERS)
         lib.counters_sum(self.m, values)
         return [0 if i in OTHERS else int(values[i]) for i in range(lib.COUNTERS)]
+
+
+class Dump(NamedTuple):
+    """The first `n` entries of an array; the caches keep them in no order."""
+
+    entries: Any
+    n: int
+
+    def bytes(self) -> list[bytes]:
+        size = ffi.sizeof(self.entries[0])
+        every = bytes(ffi.buffer(self.entries, self.n * size))
+        return sorted(every[i : i + size] for i in range(0, len(every), size))
+
+    def fields(self) -> list[Any]:
+        return sorted(fields(self.entries[i]) for i in range(self.n))
+
+
+def check_cached(fast: Side, general: Side, cpu: CpuId, step: Any) -> None:
+    """Entries of equal bytes are equal, and bytes are compared in a tenth of the time."""
+    for one, other in zip(fast.dumped(cpu), general.dumped(cpu), strict=True):
+        assert one.bytes() == other.bytes() or one.fields() == other.fields(), step
 
 
 def fields(entry: TlbEntry | PscEntry) -> list[Any]:
@@ -247,5 +268,5 @@ def test_both_walks_do_the_same(entries: int, ways: int, steps: list[Any]) -> No
             assert fast.violations() == general.violations(), step
             assert fast.sptes() == general.sptes(), step
             for cpu in (CPU0, CPU1):
-                assert fast.cached(cpu) == general.cached(cpu), step
+                check_cached(fast, general, cpu, step)
                 assert fast.first_level(cpu) == general.first_level(cpu), step

@@ -15,7 +15,7 @@ import pytest
 from native import ffi, lib
 from native.types import WordIndex
 from tests.native.hypervisor import EXECUTE, READ, WRITE
-from tests.native.test_walk_fast import PAGES, Side
+from tests.native.test_walk_fast import PAGES, Side, check_cached
 from tests.support import CPU0
 
 GPTE_WRITABLE, GPTE_GLOBAL = 2, 0x100
@@ -180,5 +180,5 @@ def test_other_cases_are_left_to_the_general_walk(case: Callable[[Case], None]) 
         assert fast.counts() == general.counts()
         assert fast.violations() == general.violations()
         assert fast.sptes() == general.sptes()
-        assert fast.cached(CPU0) == general.cached(CPU0)
+        check_cached(fast, general, CPU0, case)
         assert fast.first_level(CPU0) == general.first_level(CPU0)
