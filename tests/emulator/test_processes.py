@@ -25,6 +25,15 @@ COMMANDS = {
 }
 UNLIMITED = {"one search", "several searches"}
 
+# As `python -m emulator`, but the processes of one search begin with its second part: the parts that it
+# searches before take seconds, in which there is one process.
+AT_ONCE = """
+import runpy
+from emulator.explore.results import workers
+workers.FIRST_PARTS = 1
+runpy.run_module("emulator", run_name="__main__", alter_sys=True)
+"""
+
 # Interrupted as soon as so many processes have started, before the parent has noted them.
 INTERRUPTED = """
 import os, signal, sys
@@ -40,6 +49,8 @@ def launch_and_interrupt(self, process):
 
 popen_spawn_posix.Popen._launch = launch_and_interrupt
 from emulator.cli.main import main
+from emulator.explore.results import workers
+workers.FIRST_PARTS = 1
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -89,8 +100,9 @@ def _seconds(process: Path) -> float:
 
 
 def without_progress(errors: str) -> str:
-    """Return standard error without the lines that a search prints every ten seconds on a busy machine."""
-    return re.sub(r"(?m)^(?:explore|litmus): \S+ executions, .*\n", "", errors)
+    """Return standard error without the lines that searches print every ten seconds on a busy machine."""
+    counts = r"(?:\d+ of \d+ verdicts, )?(?:\S+ executions, )?"
+    return re.sub(rf"(?m)^(?:explore|litmus): {counts}\d+ s.*\n", "", errors)
 
 
 def interrupted(process: subprocess.Popen[str], out: str, errors: str, number: signal.Signals) -> None:
@@ -118,26 +130,33 @@ def gone(processes: list[Path]) -> None:
     wait_until(lambda: not any(process.exists() for process in processes), "the end of all processes", 60)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        *((command, number) for command in COMMANDS for number in (signal.SIGINT, signal.SIGTERM)),
+        # It comes as SIGINT does: to the processes of a search, and to those of storms.
+        ("one search", signal.SIGHUP),
+        ("threads", signal.SIGHUP),
+    ],
+)
 def test_a_signal_ends_all_of_them_and_verdicts_so_far_are_said(command: str, number: signal.Signals) -> None:
     limits = ["--seconds", "0"] if command in UNLIMITED else []
-    with started("-m", "emulator", *COMMANDS[command], *limits, "--jobs", "2") as process:
+    with started("-c", AT_ONCE, *COMMANDS[command], *limits, "--jobs", "2") as process:
         all_of_them = workers(process)
         if number == signal.SIGTERM:
             process.send_signal(number)
         else:
             os.killpg(process.pid, number)  # as a terminal does
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=100)
         interrupted(process, out, errors, number)
         gone(all_of_them)
 
 
 def test_a_sigterm_for_the_whole_group_is_the_parents_business() -> None:
-    with started("-m", "emulator", *COMMANDS["several searches"], "--jobs", "2") as process:
+    with started("-c", AT_ONCE, *COMMANDS["several searches"], "--jobs", "2") as process:
         all_of_them = workers(process)
         os.killpg(process.pid, signal.SIGTERM)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=100)
         interrupted(process, out, errors, signal.SIGTERM)
         gone(all_of_them)
 
@@ -146,13 +165,13 @@ def test_a_sigterm_for_the_whole_group_is_the_parents_business() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_interrupts_wait_until_all_have_started(command: str, after: int) -> None:
     with started("-c", INTERRUPTED, str(after), *COMMANDS[command], "--jobs", "2") as process:
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=100)
         interrupted(process, out, errors, signal.SIGINT)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_they_end_with_a_parent_that_was_killed(command: str) -> None:
-    with started("-m", "emulator", *COMMANDS[command], "--jobs", "2") as process:
+    with started("-c", AT_ONCE, *COMMANDS[command], "--jobs", "2") as process:
         all_of_them = workers(process)
         process.kill()
         gone(all_of_them)
@@ -160,10 +179,10 @@ def test_they_end_with_a_parent_that_was_killed(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_that_dies_is_missed(command: str) -> None:
-    with started("-m", "emulator", *COMMANDS[command], "--jobs", "2") as process:
+    with started("-c", AT_ONCE, *COMMANDS[command], "--jobs", "2") as process:
         one, other = workers(process)
         os.kill(int(one.name), signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=100)
         assert process.returncode == 3
         assert without_progress(errors) == (
             "flushlab: a process of --jobs was killed or crashed; this takes less memory with fewer --jobs\n"
