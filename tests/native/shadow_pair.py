@@ -293,6 +293,8 @@ class ShadowPair:
     def map_all(self, root: int) -> None:
         for page in PAGES:
             self.set_spte(root, page, MAPPED, False)
+        for first in HUGE:
+            self.set_huge(root, first, MAPPED, False)
 
     def skip(self, vcpu: int) -> None:
         """User space emulates the access that faulted last."""

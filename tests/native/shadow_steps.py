@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tests.native.shadow_pair import ANYWHERE, FLAGS, HUGE, PAGES, ROOTS, ShadowPair
+from tests.native.shadow_pair import ANYWHERE, FLAGS, HUGE, MAPPED, PAGES, ROOTS, ShadowPair
 
 
 class Choice:
@@ -18,6 +18,8 @@ class Choice:
         self.flags = {flag for flag in FLAGS if r.random() < 0.8}
         self.kinds = [r.randrange(3) for _ in PAGES]
         self.kind, self.pcid, self.number = self.kinds[0], r.randrange(3), r.randrange(8)
+        self.near, self.beside = r.sample(PAGES[:5], 2)  # in one table
+        self.fresh, self.change = r.randrange(3, 4096), r.choice(CHANGES)
         self.often, self.seldom = r.random() < 0.5, r.random() < 0.3
 
 
@@ -27,6 +29,39 @@ def _walk_unlinked(pair: ShadowPair, c: Choice) -> None:
     pair.unlink(c.root, c.page)
     pair.access(c.cpu, c.vcpu, c.page, c.kind)
 
+
+def _walk_fresh(pair: ShadowPair, c: Choice) -> None:
+    """Walk from a cached table to an SPTE that has just changed, under a PCID that is new to the TLB."""
+    pair.load(c.vcpu, c.root, c.fresh)
+    pair.access(c.cpu, c.vcpu, c.beside, c.kind)
+    c.change(pair, c)
+    pair.access(c.cpu, c.vcpu, c.near, c.kinds[1])
+    pair.access(c.cpu, c.vcpu, c.near, c.kinds[2])
+    pair.access(c.cpu, c.vcpu, c.beside, c.kinds[2])
+
+
+def _free_unlinked(pair: ShadowPair, c: Choice) -> None:
+    pair.unlink(c.root, c.near)
+    pair.free_table(-1)
+
+
+#: What may befall an SPTE, a table or a page.
+CHANGES: tuple[Callable[[ShadowPair, Choice], None], ...] = (
+    lambda p, c: p.set_spte(c.root, c.near, c.flags, c.seldom),
+    lambda p, c: p.set_spte(c.root, c.near, MAPPED - {"user"}, c.seldom),
+    lambda p, c: p.set_spte(c.root, c.near, MAPPED, True),
+    lambda p, c: p.set_spte(c.root, c.near, MAPPED, False, c.beside),
+    lambda p, c: p.track(c.near, True),
+    lambda p, c: p.free(c.near),
+    lambda p, c: p.unlink(c.root, c.near),
+    _free_unlinked,
+    lambda p, c: p.zap(c.root, c.near),
+    lambda p, c: p.set_mmio(c.root, c.near),
+    lambda p, c: p.access(c.cpu, c.vcpu, c.near, c.kind, supervisor=True),
+    lambda p, c: p.give_vpid(c.vcpu, 1 + c.often),
+    lambda p, c: p.invvpid_single(c.cpu, c.vcpu),
+    lambda p, c: p.invvpid_address(c.cpu, c.vcpu, c.beside),
+)
 
 #: Each with its weight.
 STEPS: tuple[tuple[int, Callable[[ShadowPair, Choice], None]], ...] = (
@@ -42,6 +77,7 @@ STEPS: tuple[tuple[int, Callable[[ShadowPair, Choice], None]], ...] = (
     (1, lambda p, c: p.free(c.page)),
     (1, lambda p, c: p.track(c.page, c.often)),
     (1, _walk_unlinked),
+    (8, _walk_fresh),
     (1, lambda p, c: p.free_table(c.number)),
     (1, lambda p, c: p.walk_freed(c.root, c.page, c.cpu, c.vcpu, c.kind)),
     (1, lambda p, c: p.give_vpid(c.vcpu, 1 + c.often)),
