@@ -33,6 +33,8 @@ def _walk_unlinked(pair: ShadowPair, c: Choice) -> None:
 def _walk_fresh(pair: ShadowPair, c: Choice) -> None:
     """Walk from a cached table to an SPTE that has just changed, under a PCID that is new to the TLB."""
     pair.load(c.vcpu, c.root, c.fresh)
+    for page in (c.beside, c.near):
+        pair.set_spte(c.root, page, MAPPED, False)
     pair.access(c.cpu, c.vcpu, c.beside, c.kind)
     c.change(pair, c)
     pair.access(c.cpu, c.vcpu, c.near, c.kinds[1])

@@ -149,7 +149,7 @@ class FastMachine(ShadowMachine):
 
 
 _SETTINGS = settings(
-    max_examples=20,
+    max_examples=12,
     stateful_step_count=40,
     deadline=None,
     print_blob=True,
@@ -179,9 +179,9 @@ def pair_of(**options: Any) -> Iterator[ShadowPair]:
 def test_random_programs(options: dict[str, Any]) -> None:
     """Run the same programs each time, so long that each kind of event occurs."""
     seen: Counter[str] = Counter()
-    for seed in range(4):
+    for seed in range(6):
         with pair_of(**options) as pair:
-            random_program(pair, seed, 120)
+            random_program(pair, seed, 200)
             seen += pair.seen
             seen["violations"] += pair.model.violations
             seen["missed stores"] += pair.model.missed_least

@@ -62,10 +62,12 @@ INDEXES = {4: (0, 255), 3: (0, 3), 2: (2, 3), 1: (0, 1, 511)}
 INDEXES_OF_4_BYTES = {2: (1, 2), 1: (0, 1, 512, 1023)}
 ALL_ACCESSES = [Access(kind, user) for kind in (READ, WRITE, EXECUTE) for user in (True, False)]
 
+#: Most entries grant all rights, as in most guests.
 rights = st.builds(
-    lambda bits, nx: sum(bits) | P | (NX if nx else 0),
-    st.sets(st.sampled_from((W, U, A, D)), min_size=1),
-    st.integers(0, 7).map(lambda n: n == 0),
+    lambda lacks, flags, nx: (P | W | U) & ~lacks | sum(flags) | (NX if nx == 0 else 0),
+    st.sampled_from((0, 0, 0, 0, 0, W, U)),
+    st.sets(st.sampled_from((A, D))),
+    st.integers(0, 5),
 )
 
 
@@ -87,6 +89,8 @@ def entries(draw: st.DrawFn, mode: Mode, level: int) -> int:
         return entry | PS | gfn << 12
     if level == 1:
         return entry | draw(st.sampled_from(PAGES)) << 12
+    if mode is Mode.PLAIN:
+        entry |= draw(st.sampled_from((0, PS)))  # without CR4.PSE the bit is ignored
     return entry | draw(st.sampled_from(TABLES[level - 1])) << 12
 
 
