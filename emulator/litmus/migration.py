@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from emulator.actors.image import Difference, Image, report_lost
-from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET
+from emulator.kvm.kvm_host import KVM_DIRTY_LOG_INITIALLY_SET, KVM_MAX_NR_ADDRESS_SPACES
+from emulator.kvm.virt.slots import kvm_memslots
 from emulator.machine.locks import Mutex
 from native import lib
 from native.types import Hva
@@ -83,8 +84,8 @@ class Migration:
         if not self.logs:
             yield
             return
-        cpu.point("memslots", self.kvm.id, "read")
-        slots = [slot for slots in self.kvm.memslots for slot in slots.slots]
+        spaces = [kvm_memslots(cpu, self.kvm, as_id) for as_id in range(KVM_MAX_NR_ADDRESS_SPACES)]
+        slots = [slot for space in spaces for slot in space.slots]
         bitmaps = [slot.dirty_bitmap for slot in slots if slot.dirty_bitmap is not None]
         with self._lock.held(cpu):
             differing = [] if self.image is None else self.image.differing(cpu)
