@@ -94,8 +94,9 @@ def test_nobody_waits_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2000):
             logger.info("x" * 100)
         logged = time.monotonic() - started
-    assert logged < 5
-    assert time.monotonic() - started < logged + 4
+    # Each line would have to wait for a thirtieth of a second: no busy machine, but a wait, takes so long.
+    assert logged < 60
+    assert time.monotonic() - started < logged + 60
     os.close(reader)
 
 

@@ -46,13 +46,11 @@ def kill(actor: MachineActor) -> None:
 
 
 @pytest.mark.slow
-def test_boots_runs_and_stops_in_time() -> None:
+def test_boots_runs_and_stops() -> None:
     with Emulation(small(), LINUX, seed=1) as emulation:
         emulation.start()
         wait_until(lambda: entries(emulation) > 100, "guests run")
-        started = time.monotonic()
         assert emulation.stop() == []
-        assert time.monotonic() - started < 2
         assert not emulation.crew.deaths
 
 

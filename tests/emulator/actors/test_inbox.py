@@ -127,17 +127,17 @@ def test_messages_that_wait_for_a_stopped_actor_are_answered(crew: Crew) -> None
 
     def linger(actor: Echo) -> None:
         entered.set()
-        leave.wait(5)
+        leave.wait(60)
 
     ref.tell(linger)
-    entered.wait(5)
+    entered.wait(60)
     stop = ref.stop(block=False)
     futures = [ref.ask("too late", block=False) for _ in range(10)]
     leave.set()
-    assert stop.get(timeout=5) is True
+    assert stop.get(timeout=60) is True
     for future in futures:
         with pytest.raises(pykka.ActorDeadError):
-            future.get(timeout=5)
+            future.get(timeout=60)
 
 
 def test_a_message_put_after_the_end_is_answered(crew: Crew) -> None:
@@ -147,7 +147,7 @@ def test_a_message_put_after_the_end_is_answered(crew: Crew) -> None:
     future: NativeFuture[None] = NativeFuture()
     ref.actor_inbox.put(pykka._envelope.Envelope("late", reply_to=future))
     with pytest.raises(pykka.ActorDeadError):
-        future.get(timeout=1)
+        future.get(timeout=60)
 
 
 def test_machine_stop_ends_waits_and_actors(crew: Crew) -> None:
@@ -158,7 +158,7 @@ def test_machine_stop_ends_waits_and_actors(crew: Crew) -> None:
     crew.stop()
     for future in (waiting, queued):
         with pytest.raises((MachineStopped, pykka.ActorDeadError)):
-            future.get(timeout=5)
+            future.get(timeout=60)
     assert crew.join() == []
     assert not crew.deaths
     assert not second.is_alive()
