@@ -10,14 +10,16 @@ from pathlib import Path
 
 from bench.mutation.catching import catching, record
 from bench.mutation.generate import PARTS, Mutant, mutants, part_of, sample
-from bench.mutation.judge import BRIEF, FAIR, QUICK, THOROUGH
+from bench.mutation.judge import EQUIVALENT, THOROUGH, Judgement
 from bench.mutation.report import table
 from bench.mutation.results import Results
-from bench.mutation.run import equivalent, judge_all, learn, prepare
-from bench.mutation.suite import FIRST, Pair, fingerprint, pairs, quick_pairs
+from bench.mutation.run import Say, Stop, equivalent, judge_all, learn, prepare
+from bench.mutation.suite import FIRST, Known, Pair, fingerprint, pairs, quick_pairs
+from bench.mutation.units import DEPTHS, Unit, judged, judgement_of
 from emulator.errors import BadInput
 from emulator.policy import DEFAULT
 from emulator.sweep.grid import shard
+from emulator.sweep.store import Store, merged, write_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for one in chosen:
                 print(f"# {one.name}\n{one.diff}")
             return 0
-        return _judge(chosen, options)
+        return _merge(options) if options.merge else _judge(chosen, options)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
@@ -50,20 +52,62 @@ def _judge(chosen: Sequence[Mutant], options: argparse.Namespace) -> int:
         print(f"{time.monotonic() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     prepare()
-    depth = BRIEF if options.brief else QUICK if options.quick else FAIR if options.fair else THOROUGH
+    depth = DEPTHS[_depth(options)]
     results = Results(Path(options.keep) if options.keep else None, fingerprint(), _others(options))
     wanted = _wanted(chosen, options)
     executions = 0 if depth is THOROUGH else FIRST
     all_known = learn(results, wanted, options.jobs, say, stop, executions)
-    judged = []
-    if len(results.known) >= len(wanted):
+    found = []
+    if len(results.known) < len(wanted):
+        pass  # the time was over before
+    elif options.store or options.cluster:
+        found = _judge_units(chosen, options, all_known, say, stop)
+    else:
         argued: dict[str, str] | None = {} if options.doubt else None
-        judged = judge_all(results, chosen, all_known, options.jobs, say, stop, depth, argued)
+        found = judge_all(results, chosen, all_known, options.jobs, say, stop, depth, argued)
         if options.record:
-            record(judged)
+            record(found)
     generated = [one for one in mutants() if options.part in (None, part_of(one))]
-    print(table(judged, len(chosen), len(generated)))
+    print(table(found, len(chosen), len(generated)))
     return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    """Join stores of shards, and print the table of all their mutants."""
+    records = merged(map(Path, options.merge))
+    by_name = {one.name: one for one in mutants()}
+    if not all("judgement" in one and one["scenario"] in by_name for one in records):
+        raise BadInput("--merge", "found a unit that is no mutant of these sources", "stores of --store")
+    if options.store:
+        write_store("--store", Path(options.store), records)
+    found = [(by_name[one["scenario"]], judgement_of(one)) for one in records]
+    print(table(found, len(found), len(by_name)))
+    return 0
+
+
+def _depth(options: argparse.Namespace) -> str:
+    return next((name for name in DEPTHS if getattr(options, name, False)), "thorough")
+
+
+def _judge_units(
+    chosen: Sequence[Mutant], options: argparse.Namespace, known: Sequence[Known], say: Say, stop: Stop
+) -> list[tuple[Mutant, Judgement]]:
+    """Judge the mutants as units of a sweep's store, in processes or on a cluster."""
+    place = {one.name: number for number, one in enumerate(_asked(options))}
+    argued = {} if options.doubt else equivalent()
+    sources, depth = fingerprint(), _depth(options)
+    units = [
+        Unit(mutant=one, depth=depth, sources=sources, number=place[one.name])
+        for one in chosen
+        if one.name not in argued
+    ]
+    found = {name: Judgement(name, EQUIVALENT, why=why) for name, why in argued.items()}
+    with Store(Path(options.store) if options.store else None) as store:
+        for record_ in judged(units, store, known, options.jobs, cluster=options.cluster, stop=stop):
+            judgement = judgement_of(record_)
+            found[judgement.name] = judgement
+            say(f"{judgement.name}: {judgement.verdict} {judgement.pair}")
+    return [(one, found[one.name]) for one in chosen if one.name in found]
 
 
 def _wanted(chosen: Sequence[Mutant], options: argparse.Namespace) -> list[Pair]:
@@ -126,6 +170,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--keep", metavar="FILE", help="read and append results, one JSON line each")
+    parser.add_argument("--store", metavar="FILE", help="judge each mutant as a unit of a sweep's store")
+    parser.add_argument("--merge", metavar="FILE", nargs="+", help="join stores, into --store if it is given")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="of a scheduler of dask.distributed; or local")
     parser.add_argument("--shard", metavar="I/N", help="judge the I-th of N parts only")
     parser.add_argument(
         "--also", action="append", metavar="FILE", help="read what another shard kept, too; repeatable"

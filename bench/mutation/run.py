@@ -120,7 +120,7 @@ def judge_all(
         return judge(mutant, all_known, heard, depth, before, telling, counts_tell)
 
     for number, (mutant, found) in enumerate(each(todo, do, jobs, stop), 1):
-        judgement = _of_lost(mutant, found) if isinstance(found, Lost) else found
+        judgement = of_lost(mutant, found) if isinstance(found, Lost) else found
         results.add(mutant, judgement)
         say(f"{number} of {len(todo)} mutants; {mutant.name}: {judgement.verdict} {judgement.pair}")
     return [
@@ -136,7 +136,7 @@ def _argued(mutant: Mutant, results: Results, argued: Mapping[str, str]) -> Judg
     return replace(results.judged[mutant.digest])
 
 
-def _of_lost(mutant: Mutant, lost: Lost) -> Judgement:
+def of_lost(mutant: Mutant, lost: Lost) -> Judgement:
     """A child that hangs or dies has caught its mutant, if it had begun with a pair."""
     by = "stress" if lost.during.endswith(ON_REAL_THREADS) else "explore"
     verdict = CAUGHT if lost.during else BROKEN

@@ -71,11 +71,12 @@ def in_processes(units: Sequence[Unit], jobs: int) -> Iterator[Record]:
 
 
 def on_cluster(
-    address: str, task: Callable[[Any], Any] | None = None
+    address: str, task: Callable[..., Any] | None = None, *shared: Any
 ) -> Callable[[Sequence[Keyed], int], Iterator[Any]]:
     """Return a function that hands units to the scheduler of dask.distributed at this address; `local` is a
     cluster of processes on loopback.  It yields the results of `task`, by default
-    run_unit(), that are not None."""
+    run_unit(), that are not None.  Each worker gets what is `shared` once, as the task's further arguments.
+    """
     try:
         import distributed
     except ImportError:
@@ -92,7 +93,7 @@ def on_cluster(
                 silence_logs="ERROR",
             )
             with cluster, distributed.Client(cluster) as client:
-                yield from _completed(client, units, task or run_unit)
+                yield from _completed(client, units, task or run_unit, shared)
             return
         try:
             client = distributed.Client(address, timeout="10s")
@@ -100,13 +101,16 @@ def on_cluster(
             expected = "a scheduler's address such as tcp://HOST:8786, or local"
             raise BadInput("--cluster", f"found {address} ({error})", expected) from error
         with client:
-            yield from _completed(client, units, task or run_unit)
+            yield from _completed(client, units, task or run_unit, shared)
 
     return run
 
 
-def _completed(client: Any, units: Sequence[Keyed], task: Callable[[Any], Any]) -> Iterator[Any]:
-    futures = {client.submit(task, unit, key=f"flushlab-{unit.key}", pure=False) for unit in units}
+def _completed(
+    client: Any, units: Sequence[Keyed], task: Callable[..., Any], shared: Sequence[Any]
+) -> Iterator[Any]:
+    given = client.scatter(list(shared), broadcast=True, hash=False) if shared else ()
+    futures = {client.submit(task, unit, *given, key=f"flushlab-{unit.key}", pure=False) for unit in units}
     while futures and came() is None:
         done = {future for future in futures if future.done()}
         for future in done:
