@@ -262,14 +262,13 @@ class RaceAnalysis(Timeline):
         the promise then."""
         if not self.facts.live or self._promised is None or self._remapped is not None:
             return False
-        if self._revoked is not None or self._has_lost(self.events[self._promised].cpu):
+        if self._revoked is not None or self._has_lost(self.events[self._promised].cpu, self._start):
             return False  # the zap is recorded, or may be among the lost events: a later fault made the SPTE
         return self._keep(self._promised, SKIPPED) is not None
 
-    def _has_lost(self, cpu: int) -> bool:
-        """Return whether a CPU's ring has lost events since the entry was filled."""
-        lost = self._last(lambda e: e.kind == "lost" and e.cpu == cpu, self._start, self._promised)
-        return lost is not None
+    def _has_lost(self, cpu: int, after: int | None) -> bool:
+        """Return whether a CPU's ring has lost events between one event and the promise."""
+        return self._last(lambda e: e.kind == "lost" and e.cpu == cpu, after, self._promised) is not None
 
     def _late(self) -> bool:
         """Return whether wrong timing explains the race.
@@ -285,9 +284,15 @@ class RaceAnalysis(Timeline):
         asked = self._is_request(self.events[promised].cpu)
         if self._first(asked, self._revoked, promised) is not None:
             return False
-        if self._keep(self._first(asked, promised), LATE) is not None:
-            return True
+        late = self._first(asked, promised)
+        if late is not None and not self._took_away(self.events[promised].cpu, promised, late):
+            return self._keep(late, LATE) is not None
         return self._too_early(self._revoked, promised)
+
+    def _took_away(self, by: int, after: int | None, before: int) -> bool:
+        """Return whether a CPU took any page's translation or a right in between: a request that follows is
+        for that page."""
+        return self._first(lambda e: e.kind in ("zap", "protect") and e.cpu == by, after, before) is not None
 
     def _too_early(self, revoked: int, promised: int) -> bool:
         """Return whether the operation requested its flush before it took the right away; mark the request.
@@ -300,6 +305,8 @@ class RaceAnalysis(Timeline):
         since = self._last(lambda e: e.kind in ("promise", "yield") and e.cpu == by, before=revoked)
         asked = self._last(self._is_request(by), since, revoked)
         if asked is None or self._first(self._is_elision(by), asked, promised) is not None:
+            return False
+        if self._took_away(by, since, asked) or (since is None and self._has_lost(by, None)):
             return False
         return self._keep(asked, EARLY) is not None
 

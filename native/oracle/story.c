@@ -74,11 +74,18 @@ static bool concerns(const struct violation_report *r, const struct event *e)
 	}
 }
 
+/* Return whether a request before and one after the event are of different operations of the CPU. */
+static bool divides(const struct event *e)
+{
+	return e->kind == EVENT_ZAP || e->kind == EVENT_PROTECT || e->kind == EVENT_PROMISE;
+}
+
 /* The selection of one CPU's events, from the newest on. */
 struct telling {
 	struct story *story;
 	uint32_t kept;
 	uint32_t most;
+	bool asked;  /* a request was told, but not yet the event before it that tells whose it is */
 	bool fill_told;
 	bool mapped; /* the last event told was a mapping, that is, a fault */
 	struct event entry; /* the last VM entry seen, not told yet; kind 0: none */
@@ -156,6 +163,11 @@ static void copy_cpu(struct machine *m, uint32_t cpu, const struct violation_rep
 				tell(&t, &t.entry);
 			t.entry.kind = EVENT_NONE;
 			t.mapped = e.kind == EVENT_MAP;
+			t.asked = e.kind == EVENT_REQUEST || (t.asked && !divides(&e));
+			tell(&t, &e);
+		} else if (t.asked && divides(&e)) {
+			/* The request is for other pages, or comes after the promise about them. */
+			t.asked = false;
 			tell(&t, &e);
 		}
 	}

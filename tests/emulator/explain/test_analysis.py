@@ -437,9 +437,21 @@ def test_a_flush_before_the_zap() -> None:
     # The promise found nothing to zap: another operation is at fault.
     race = Race().enter(0, 100).request(KVM).zap(KVM).promise(HOST)
     assert analysis(race).culprit is None
+    # The request is for another page, or may be: that part of the story is lost.
+    race = Race().enter(0, 100).zap(HOST, GFN + 99).request(HOST).zap(HOST).promise(HOST)
+    assert analysis(race).culprit is None
+    race = Race().add("lost", HOST, 70).enter(0, 100).request(HOST).zap(HOST).promise(HOST)
+    assert analysis(race).culprit is None
     # A flush that was requested when the zap yielded does not cover later zaps.
     race = Race().enter(0, 100).request(HOST).add("yield", HOST, VM, 1).zap(HOST).promise(HOST)
     assert analysis(race).culprit is None
+
+
+def test_a_flush_after_the_promise_about_another_page() -> None:
+    late = Race().enter(0, 100).zap(HOST).promise(HOST).request(HOST)
+    assert analysis(late).moment(LATE) is not None
+    other = Race().enter(0, 100).zap(HOST).promise(HOST).zap(HOST, GFN + 99).request(HOST)
+    assert analysis(other).moment(LATE) is None
 
 
 def test_a_free_that_nothing_was_promised_of() -> None:
