@@ -50,6 +50,7 @@ STORMS: Final[dict[str, Storm]] = {
     "shadow-unsync-after-spte": _TABLES,
     "shadow-yield-without-flush": Storm("table-churn", "frames_freed"),
     "shadow-zap-forgets-space": _TABLES,
+    "shadow-zap-flushes-writable-only": Storm("table-churn", "frames_freed"),
     "shadow-zap-misses-first": _TABLES,
 }
 

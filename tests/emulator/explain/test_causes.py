@@ -53,6 +53,8 @@ CAUSES: dict[str, tuple[str, str, str]] = {
     "recovery-uses-old-iterator": ("recover-yields", REFERENCE, ""),
     "zap-flushes-accessed-only": ("aged-unmap", FLUSH, ""),
     "shadow-zap-flushes-accessed-only": ("shadow-aged-unmap", FLUSH, ""),
+    "zap-flushes-writable-only": ("protected-unmap", FLUSH, ""),
+    "shadow-zap-flushes-writable-only": ("shadow-protected-unmap", FLUSH, ""),
     "zap-misses-first": ("zap-range-first", SKIPPED, "promise"),
     "shadow-zap-misses-first": ("shadow-zap-range-first", SKIPPED, "promise"),
     "iterator-skips-spte": ("zap-yield-restart", SKIPPED, "promise"),
