@@ -124,7 +124,8 @@ def _flushes(interval: Interval) -> Table:
     necessary = interval.rates("tlb_flushes_necessary_total", "scope", "reason")
     for key, rate in sorted(rates.items(), key=lambda item: -item[1]):
         if rate:
-            share = f"{100 * necessary.get(key, 0.0) / rate:.0f} %"
+            # A flush counts as necessary at the use that it averts, which may be in a later interval.
+            share = f"{min(100 * necessary.get(key, 0.0) / rate, 100):.0f} %"
             table.add_row(*(part.replace("_", " ") for part in key), short(rate), share)
     if not any(rates.values()):
         table.add_row("none")

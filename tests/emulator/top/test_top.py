@@ -70,6 +70,18 @@ def test_a_service_that_was_started_again_counts_from_zero() -> None:
     assert interval(metrics(1000), metrics(2)).rate("guest_accesses_total") == 1000
 
 
+def test_no_share_of_necessary_flushes_is_above_all_of_them() -> None:
+    """Two flushes of this interval, whose uses and those of five earlier ones came in it."""
+    label = '{vm="0",scope="invept_global",reason="migration"}'
+    before, now = (
+        f"{HEAD}flushlab_tlb_flushes_total{label} {flushes}\n"
+        f"flushlab_tlb_flushes_necessary_total{label} {n}\n"
+        for flushes, n in ((10, 0), (12, 7))
+    )
+    (row,) = (line for line in drawn(View(), interval(before, now)).splitlines() if "migration" in line)
+    assert row.split()[-2:] == ["100", "%"]
+
+
 def test_percentiles_are_of_the_intervals_samples() -> None:
     found = interval(metrics(10), metrics(20))
     assert found.percentile("vcpu_pause_seconds", 50) == 1e-6
