@@ -121,8 +121,8 @@ class Emulation:
             self.machine = Machine(config)
         except OutOfMemory as error:
             raise BadInput(scenario.name, str(error), "memory for the scenario's machine") from error
-        if chaos:
-            self.machine.install(Chaos(chaos, seed, len(self.machine.cpus)))
+        if chaos or scenario.machine.delays:
+            self.machine.install(Chaos(chaos, seed, len(self.machine.cpus), scenario.machine.delays))
         self._free_cpus = iter(self.machine.cpus[self.machine.pcpus :])
         main = next(self._free_cpus)
         self.crew = Crew(self.machine, main)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from emulator.defaults import MAX_PCPUS
+from emulator.scenario.delays import NamedDelay
 from emulator.validation import Unit
 from native import lib
 
@@ -95,6 +96,9 @@ class MachineSection(Section):
     vpid: bool = True
     # The host is a guest of Hyper-V, which shadows KVM's EPTs and flushes them by hypercall.
     hyperv: bool = False
+    # Delays at kinds of ordering points in KVM's code, such as "sptes read 2000" (microseconds, at most), as
+    # if the host had preempted the thread there: half of the times.  `--chaos` delays at any point.
+    delays: tuple[NamedDelay, ...] = ()
 
     @model_validator(mode="after")
     def _hyperv_with_ept(self) -> Self:
