@@ -187,6 +187,8 @@ class GuestConfig(CDataBase):
     pg_every: int
     smep_every: int
     pcide_every: int
+    window_work: int
+    share_blocks: int
     batch: int
     interrupts_off: int
     own_kernel: int

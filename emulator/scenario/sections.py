@@ -159,6 +159,9 @@ class VmSection(Section):
     # Address spaces of each vCPU's guest OS.
     processes: Annotated[int, Unit("processes")] = Field(default=2, ge=1, le=64, strict=True)
     guest_huge_pages: bool = False
+    # Whether the guest OS maps 2 MiB pages more than once, in one process or in several, each time with its
+    # own rights.  Needs guest_huge_pages.
+    shared_huge_pages: bool = False
     # Whether the guest OS uses PCIDs: without, each switch of address spaces flushes.
     pcid: bool = True
     # Accesses between two switches of address spaces (0: never).
@@ -198,6 +201,10 @@ class VmSection(Section):
     pg_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
     smep_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
     pcide_every: Annotated[int, Unit("guest accesses")] = Field(default=0, ge=0, le=1 << 31, strict=True)
+    # Whether the OS does in these windows what kernels open them for: with CR0.WP clear it writes to a page
+    # that is mapped read-only; with CR4.PCIDE clear it unmaps a page of a process that is not loaded, and
+    # invalidates nothing.  Needs flush_batch = 0.
+    window_work: bool = False
     # Accesses between two HLTs (0: never), and how long a HLT lasts.
     halt_every: Annotated[int, Unit("guest accesses")] = Field(default=200_000, ge=0, le=1 << 31, strict=True)
     halt: Duration = 0.0001

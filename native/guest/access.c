@@ -123,15 +123,32 @@ enum walk_result guest_access_slow(struct walk *w, uint64_t record)
 	return r;
 }
 
+static inline enum walk_result unless_skipped(enum walk_result r)
+{
+	return r == WALK_SKIPPED ? WALK_DONE : r;
+}
+
+enum walk_result guest_access_as_kernel(struct walk *w, uint64_t record)
+{
+	uint32_t type = RECORD_TYPE(record);
+	struct tlb_entry e;
+	enum walk_result r;
+
+	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
+	w->supervisor = true;
+	r = walk_shadow_cached(w, RECORD_PAGE(record), type, &e);
+	w->supervisor = false;
+	if (r == WALK_DONE)
+		guest_store(w, record, &e);
+	else if (r == WALK_EXIT && type == ACCESS_WRITE)
+		guest_store_faulted(w, w->guest->clock);
+	return unless_skipped(r);
+}
+
 static inline bool tag_is(const _Atomic uint16_t *tag, const struct tlb_hot *hot, uint32_t type)
 {
 	/* Relaxed: the tag is compared and nothing is read through it; see oracle.h for its ordering. */
 	return atomic_load_explicit(&tag[hot->hfn], memory_order_relaxed) == hot->right[type];
-}
-
-static inline enum walk_result unless_skipped(enum walk_result r)
-{
-	return r == WALK_SKIPPED ? WALK_DONE : r;
 }
 
 /* Do one access after a wrong hint or a failed check, or a single one. */

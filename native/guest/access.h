@@ -31,6 +31,8 @@ enum walk_result accesses_one(struct walk *w, uint64_t record);
 
 /* Do a guest access to a linear address outside the trace. */
 enum walk_result guest_access_slow(struct walk *w, uint64_t record);
+/* Without EPT: access a page as the guest's kernel does.  The first level of the TLB serves user mode alone. */
+enum walk_result guest_access_as_kernel(struct walk *w, uint64_t record);
 /* Do one half of guest_access_slow() each: find the translation; store through it if the record is a store. */
 enum walk_result guest_translate(struct walk *w, uint64_t record, struct tlb_entry *e);
 void guest_store(struct walk *w, uint64_t record, const struct tlb_entry *e);

@@ -102,19 +102,36 @@ static uint64_t first_gfn(struct guest_mapping mapping, uint64_t page)
 	return mapping.gfn - (mapping.huge ? page & 511 : 0);
 }
 
-enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+/* The page's entry is clear, and its translation invalid. */
+static void unmapped(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
 {
 	struct guest_mapping was = guest_mapping_of(gp);
-	enum walk_result r = os_clear_entry(w, p, page, was.huge);
+
+	changed_mapping(w, p, page, gp, true);
+	guest_gfn_put(w->guest, first_gfn(was, page));
+}
+
+enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+{
+	enum walk_result r = os_clear_entry(w, p, page, guest_mapping_of(gp).huge);
 
 	/* WALK_GUEST_FAULT: the host lost the table's contents; the OS's records are still valid. */
 	if (r == WALK_EXIT)
 		return r;
 	r = invalidate_page(w, p, page);
-	if (r != WALK_DONE)
+	if (r == WALK_DONE)
+		unmapped(w, p, page, gp);
+	return r;
+}
+
+enum walk_result os_unmap_uncached(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp)
+{
+	enum walk_result r = os_clear_entry(w, p, page, guest_mapping_of(gp).huge);
+
+	/* WALK_GUEST_FAULT: as in os_unmap(). */
+	if (r == WALK_EXIT)
 		return r;
-	changed_mapping(w, p, page, gp, true);
-	guest_gfn_put(w->guest, first_gfn(was, page));
+	unmapped(w, p, page, gp);
 	return WALK_DONE;
 }
 
@@ -146,6 +163,18 @@ uint64_t os_find_mapped(struct guest_process *p, bool writable)
 	return p->page_count;
 }
 
+uint64_t os_find_read_only(struct guest_process *p)
+{
+	for (uint32_t i = 0; i < LOOK_FOR_PAGE && p->page_count; i++) {
+		uint64_t at = p->hand++ % p->page_count;
+		struct guest_mapping mapping = guest_mapping_of(&p->page[at]);
+
+		if (mapping.gfn != GUEST_NO_GFN && !mapping.writable)
+			return at;
+	}
+	return p->page_count;
+}
+
 /* Return a page of another process to share, or GUEST_NO_GFN. */
 static uint64_t shareable(struct walk *w)
 {
@@ -159,18 +188,38 @@ static uint64_t shareable(struct walk *w)
 	return mapping.huge ? GUEST_NO_GFN : mapping.gfn;
 }
 
+/* Return a block that maps 2 MiB of linear addresses already, for another mapping of it, or GUEST_NO_GFN. */
+static uint64_t shareable_block(struct walk *w)
+{
+	struct guest *g = w->guest;
+	struct guest_process *p = &g->process[guest_random(g) % g->processes];
+	struct guest_mapping mapping;
+	uint64_t at, block;
+
+	if (!g->config.share_blocks || !p->page_count)
+		return GUEST_NO_GFN;
+	at = guest_random(g) % p->page_count;
+	mapping = guest_mapping_of(&p->page[at]);
+	if (!mapping.huge || mapping.gfn == (uint32_t)GUEST_NO_GFN)
+		return GUEST_NO_GFN;
+	block = first_gfn(mapping, p->pages[at]);
+	guest_gfn_get(g, block);
+	return block;
+}
+
 /* Return a block for 2 MiB of linear addresses, if the guest uses blocks, has one, and the region is one of
  * those that get one. */
 static uint64_t block_for(struct walk *w, const struct guest_process *p, uint64_t page)
 {
-	uint64_t region = page >> 9, table, entry;
+	uint64_t region = page >> 9, table, entry, block;
 
 	if (!w->guest->config.hugepages || page >= GUEST_KERNEL_BASE || (region * 0x9e3779b97f4a7c15) >> 62)
 		return GUEST_NO_GFN;
 	/* Only while no page of the region is mapped by a 4 KiB page. */
 	if (os_find_table(w, p, page, 2, false, &table, &entry) == WALK_DONE && (entry & GPTE_PRESENT))
 		return GUEST_NO_GFN;
-	return guest_block_alloc(w->guest);
+	block = shareable_block(w);
+	return block == GUEST_NO_GFN ? guest_block_alloc(w->guest) : block;
 }
 
 static void map_block(struct guest_process *p, uint64_t page, uint64_t gfn, bool writable)

@@ -16,11 +16,15 @@ enum walk_result os_clear_entry(struct walk *w, const struct guest_process *p, u
 void os_map_pages(struct guest_process *p, uint64_t page, struct guest_page *gp, struct guest_mapping to);
 /* Unmap a page, with its neighbours if a 2 MiB page maps them, and invalidate it. */
 enum walk_result os_unmap(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
+/* Unmap it without an invalidation: of a process that no translation is cached of. */
+enum walk_result os_unmap_uncached(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
 /* Take write access to a page away, and invalidate it. */
 enum walk_result os_protect(struct walk *w, struct guest_process *p, uint64_t page, struct guest_page *gp);
 enum { LOOK_FOR_PAGE = 256 }; /* pages tried in a search for a mapped one */
 /* Return the index of the process's next page that is mapped (and writable), from where the last search ended; page_count:
  * the search found none. */
 uint64_t os_find_mapped(struct guest_process *p, bool writable);
+/* The same for a page that is mapped read-only. */
+uint64_t os_find_read_only(struct guest_process *p);
 
 #endif

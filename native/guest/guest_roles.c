@@ -3,8 +3,10 @@
 
 #include "core/counters.h"
 #include "core/cpu_types.h"
+#include "guest/access.h"
 #include "guest/guest.h"
 #include "guest/guest_insn.h"
+#include "guest/guest_mapping.h"
 #include "guest/guest_shadow.h"
 #include "vm/guest_state.h"
 #include "walk/vmcs.h"
@@ -46,13 +48,81 @@ static struct write write_of(const struct guest *g, enum guest_event window, uin
 	}
 }
 
+/* With CR0.WP clear the kernel writes to a page that the tables map read-only. */
+static enum walk_result write_read_only(struct walk *w)
+{
+	struct guest *g = w->guest;
+	struct guest_process *p = guest_current(g);
+	uint64_t hand = p->hand, at = os_find_read_only(p), record;
+	enum walk_result r;
+
+	if (at == p->page_count)
+		return WALK_DONE;
+	record = (uint64_t)ACCESS_WRITE << 62 | p->pages[at] << 12;
+	if (g->store.done && record_stores_to(record, g->store.linear))
+		r = WALK_DONE;
+	else
+		r = guest_access_as_kernel(w, record);
+	g->store.done = false;
+	if (r == WALK_EXIT)
+		p->hand = hand; /* the same page after the exit */
+	else
+		g->clock++;
+	return r;
+}
+
+/* With CR4.PCIDE clear the OS unmaps a page of a process that is not loaded.  Clearing PCIDE has invalidated its
+ * translations, and since then the processor caches none for its PCID (SDM vol. 3A, 4.10.4.1), so the OS invalidates nothing. */
+static enum walk_result unmap_uncached(struct walk *w)
+{
+	struct guest *g = w->guest;
+	struct guest_process *p = &g->process[(g->current + 1) % g->processes];
+	uint64_t hand = p->hand, at = os_find_mapped(p, false);
+	enum walk_result r;
+
+	if (p == guest_current(g) || p->cr3_gfn == GUEST_NO_GFN || at == p->page_count)
+		return WALK_DONE;
+	r = os_unmap_uncached(w, p, p->pages[at], &p->page[at]);
+	if (r == WALK_EXIT)
+		p->hand = hand;
+	return r;
+}
+
+/* Do what the OS has opened the window for, when the bit has changed.  It handles a page fault that this meets, and tries
+ * again. */
+static enum walk_result window_work(struct walk *w)
+{
+	struct guest *g = w->guest;
+	struct guest_choices *c = &g->choices;
+	enum walk_result r = WALK_DONE;
+
+	if (!g->config.window_work || c->window_worked)
+		return r;
+	if (g->injected.pending)
+		r = os_injected_fault(w);
+	if (r != WALK_DONE)
+		return r;
+	if (c->window == GUEST_WP && c->window_step == 1)
+		r = write_read_only(w);
+	else if (c->window == GUEST_PCIDE && c->window_step == 2)
+		r = unmap_uncached(w);
+	else
+		return r;
+	c->window_worked = r != WALK_EXIT;
+	return r;
+}
+
 uint32_t os_role_step(struct walk *w)
 {
 	struct guest_choices *c = &w->guest->choices;
+	enum walk_result r;
 	struct write next;
 
 	if (__builtin_expect(!c->window_step, 1))
 		return EXIT_REASONS;
+	r = window_work(w);
+	if (r == WALK_EXIT)
+		return exit_of(w, r);
 	next = write_of(w->guest, c->window, c->window_step++);
 	if (next.insn != GUEST_INSN_NONE)
 		return exit_instruction(w, next.insn, next.operand);
@@ -77,6 +147,7 @@ uint32_t os_role_begin(struct walk *w)
 		count(w->cpu->counters, COUNT_GUEST_ROLE_WINDOWS, 1);
 		g->choices.window = window;
 		g->choices.window_step = 1;
+		g->choices.window_worked = false;
 		first = write_of(g, window, 0);
 		return exit_instruction(w, first.insn, first.operand);
 	}

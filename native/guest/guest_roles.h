@@ -1,5 +1,5 @@
 /* Without EPT: windows in which the OS has changed a bit of a control register that is part of a root's role.  Each is a
- * sequence of MOVs to CR0, CR3 and CR4, which exit, without an access between them. */
+ * sequence of MOVs to CR0, CR3 and CR4, which exit; between them the OS does no more than one access or one change. */
 #ifndef FLUSHLAB_GUEST_ROLES_H
 #define FLUSHLAB_GUEST_ROLES_H
 

@@ -216,23 +216,6 @@ static bool emulated(struct walk *w, uint64_t record)
 	return done;
 }
 
-/* Access a page as the guest's kernel does.  The first level of the TLB serves user mode alone. */
-static enum walk_result supervisor_access(struct walk *w, uint64_t record, uint32_t type)
-{
-	struct tlb_entry e;
-	enum walk_result r;
-
-	w->linear = record & (GUEST_PAGE_MASK << 12 | 0xfff);
-	w->supervisor = true;
-	r = walk_shadow_cached(w, w->linear >> 12, type, &e);
-	w->supervisor = false;
-	if (r == WALK_DONE)
-		guest_store(w, record, &e);
-	else if (r == WALK_EXIT && type == ACCESS_WRITE)
-		guest_store_faulted(w, w->guest->clock);
-	return r == WALK_SKIPPED ? WALK_DONE : r;
-}
-
 static enum walk_result do_access(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)
 {
 	uint64_t record = (uint64_t)op->kind << 62 | (op->linear & UINT64_C(0xffffffffffff));
@@ -242,7 +225,7 @@ static enum walk_result do_access(struct walk *w, struct accesses *a, const stru
 	if (emulated(w, record))
 		r = WALK_DONE;
 	else if (op->flags & GUEST_OP_SUPERVISOR && !w->vmcs->ept)
-		r = supervisor_access(w, record, op->kind);
+		r = guest_access_as_kernel(w, record);
 	else
 		r = is_apic || w->vmcs->apic_page ? apic_access(w, record, is_apic) : accesses_one(w, record);
 	a->polls++;

@@ -35,6 +35,8 @@ struct guest_config {
 	uint32_t pg_every;
 	uint32_t smep_every;
 	uint32_t pcide_every;
+	uint32_t window_work;    /* the OS uses these windows: see guest_roles.c.  Without `batch` only */
+	uint32_t share_blocks;   /* it maps 2 MiB of memory more than once, in one process or several.  Needs `hugepages` */
 	uint32_t batch;          /* without EPT: mappings that the OS changes at most before it invalidates them together;
 				  * 0: it invalidates each at once */
 	uint32_t interrupts_off; /* of a batch: the most accesses for which a vCPU keeps interrupts off when another
@@ -218,6 +220,7 @@ struct guest_choices {
 	bool sets_pge;             /* due after CR4.PGE was cleared */
 	enum guest_event window;   /* of a role (guest_roles.h), and the number of its next write; 0: there is none */
 	uint32_t window_step;
+	bool window_worked;        /* the OS has done what it opened the window for */
 	bool switching;            /* to process `next` */
 	uint32_t next;
 	bool changing;             /* the entry of the batch's last change is being written */

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from native import ffi, lib
-from native.types import Gva
+from native.types import CpuId, Gva, VcpuId
 from tests.native.hypervisor import Hypervisor
 from tests.native.shadow_guests import (
     INVLPG,
@@ -83,6 +83,54 @@ def test_an_os_changes_a_role_and_changes_it_back_before_its_next_access(every: 
         assert 30 < windows < 50
         assert writes == WINDOWS[every] * windows
         assert machine.violations() == {}
+
+
+def test_with_wp_clear_the_kernel_writes_to_a_page_that_is_mapped_read_only() -> None:
+    class Watched(ShadowHypervisor):
+        kernel_stores = 0
+
+        def page_fault(self, cpu: CpuId, vcpu: VcpuId) -> None:
+            own = self.exit.linear >> 12 in PAGES
+            self.kernel_stores += own and not self.exit.error_code & lib.PFERR_USER
+            super().page_fault(cpu, vcpu)
+
+    for work in (0, 1):
+        with Watched(table_frames=4096) as machine:
+            vcpu = guest(machine, wp_every=50, protect_every=20, window_work=work)
+            machine.run(CPU0, vcpu, 2000)
+            assert machine.count(lib.COUNT_GUEST_ROLE_WINDOWS) > 30
+            assert (machine.kernel_stores > 10) == bool(work), machine.kernel_stores
+            assert machine.violations() == {}
+
+
+def test_with_pcide_clear_the_os_unmaps_a_page_of_another_process_and_invalidates_nothing() -> None:
+    faults = {}
+    for work in (0, 1):
+        with ShadowHypervisor(table_frames=4096) as machine:
+            config = {"pcid": 1, "pcide_every": 100, "switch_every": 150, "window_work": work}
+            vcpu = guest(machine, processes=2, **config)
+            machine.run(CPU0, vcpu, 4000)
+            assert machine.count(lib.COUNT_GUEST_ROLE_WINDOWS) > 20
+            assert "INVLPG" not in {name for name, _ in machine.exits}
+            assert machine.violations() == {}
+            faults[work] = machine.count(lib.COUNT_GUEST_FAULTS)
+    # Each page is mapped again on its next use.
+    assert faults[1] > faults[0] + 20
+
+
+def test_processes_share_2_mib_pages_only_where_they_are_told_to() -> None:
+    used = {}
+    for share in (0, 1):
+        with ShadowHypervisor(table_frames=4096) as machine:
+            # Region 5 is one of those that get a 2 MiB page.
+            pages = [(5 << 9) + i for i in range(64)]
+            vcpu = guest(machine, processes=0, hugepages=1, share_blocks=share, switch_every=100)
+            for _ in range(3):
+                machine.process(vcpu, [record(page, i % 2) for i, page in enumerate(pages)], pages)
+            machine.run(CPU0, vcpu, 2000)
+            assert machine.violations() == {}
+            used[share] = lib.guest_frames_used(machine.m, vcpu)
+    assert used[0] > used[1]
 
 
 def test_with_ept_the_bits_of_a_role_are_the_guests_own() -> None:
