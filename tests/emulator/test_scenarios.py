@@ -298,9 +298,14 @@ def test_guests_with_threads_are_clean_and_do_all_that_their_scenario_is_about()
     [
         ("late-threads", "guest_invalidations", "unmap"),
         ("log-toggles", "frames_freed", "dirty_log_toggles"),
+        ("late-syncs", "guest_invalidations", "unmap"),
+        ("host-protects", "guest_switches", "mprotect"),
+        ("huge-aliases", "guest_invalidations", "unmap"),
+        ("role-work", "guest_role_windows", "unmap"),
+        ("device-faults", "guest_invalidations", "memslot_cycles"),
     ],
 )
-def test_flushes_that_serve_a_later_unmap_are_made(name: str, subject: str, activity: str) -> None:
+def test_a_scenario_that_mutants_need_is_clean(name: str, subject: str, activity: str) -> None:
     result = run_until(name, counter(subject, 10), seconds=1.5)
     assert begun(result, activity)
 
