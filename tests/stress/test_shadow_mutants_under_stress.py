@@ -21,6 +21,9 @@ from emulator.policy import MUTANTS, preset
 from emulator.scenario.config import load_scenario
 from tests.stress.shadow_storms import ARGUED, MISSED, RARE, STORMS
 
+# Of the translations that a missing flush or sync leaves behind, chance uses one first: its page may be taken
+# away by the guest or by the host, or may be a page table by now.
+STALE = {"guest-stale", "missed-guest-write", "stale-after-revoke", "use-after-free", "walk-after-free"}
 SECONDS = 60.0
 SEEDS = range(1, 5)
 
@@ -52,5 +55,6 @@ def test_mutant_is_caught(mutant: str) -> None:
     again = f"flushlab run {storm.scenario} --policy mutant:{mutant} --chaos {storm.chaos} --duration 60s"
     assert result.verdict == "violations", again
     found = {kind for report in result.reports for kind in report.kinds}
-    assert found & set(MUTANTS[mutant].expected), found
+    expected = set(MUTANTS[mutant].expected)
+    assert found & (expected | (STALE if expected & STALE else set())), f"{found}: {again} --seed {seed}"
     assert result.snapshot.counters[storm.precondition] > 0
