@@ -25,13 +25,15 @@ from emulator.explore.strategies.search import Met
 from emulator.litmus.loader import parse_test
 from emulator.litmus.thread import LitmusThread
 from emulator.policy import Policy
-from native import lib
-from native.types import CpuId, InvalidateSeq, VmId
+from native import ffi, lib
+from native.types import CpuId, Gfn, InvalidateSeq, VmId
 
 VM0: Final = VmId(0)
+GFN: Final = Gfn(0x10)  # mapped before the threads begin
 # Its threads are replaced.
 TEST: Final = parse_test(
-    'doc = "x"\nsource = "x"\n[[vm]]\n[threads.v0]\nvcpu = 0\nops = ["read 0x10"]\n'
+    'doc = "x"\nsource = "x"\ninit = ["v0: write 0x10"]\n[[vm]]\n'
+    '[threads.v0]\nvcpu = 0\nops = ["read 0x10"]\n'
     + "".join(f'[threads.{name}]\nops = ["wait v0 1"]\n' for name in "bcd"),
     "planted",
     None,
@@ -305,6 +307,21 @@ def samples_seq(world: World) -> None:
     world.tell(world.lib.mmu_invalidate_seq(world.m, VM0))
 
 
+def revokes_more_behind_the_flag(world: World) -> None:
+    """Make one of two promises, which leave the page's right in different states and all other memory equal.
+
+    Each ends the right to write, withdraws the frame's custody once and advances its tag once.
+    """
+    world.step("look at the flag", reads="flag")
+    promise = lib.PROMISE_NOTIFIER if world.held.flag else lib.PROMISE_NOTIFIER_WRITE
+    world.lib.oracle_revoke(world.m, world.cpu, VM0, GFN, Gfn(GFN + 1), promise, 0)
+
+
+def tells_the_right(world: World) -> None:
+    world.step("look", reads="custody")
+    world.tell(lib.oracle_right(world.m, VM0, GFN, ffi.new("uint32_t *")))
+
+
 def enters_and_tells_later(world: World) -> None:
     """Read a value in a read section of SRCU, which alone orders the read with the value's writer."""
     world.lib.srcu_read_lock(world.m, world.cpu, VM0)
@@ -354,6 +371,12 @@ class NoReadersOfLocks(MachineStates):
 
 PLANTED: Final[dict[str, tuple[tuple[Script, ...], type[MachineStates], type[Ways]]]] = {
     "memory": ((sets_seq(1), sets_seq(2), samples_seq), without("memory"), Ways),
+    # Nothing but the ledger differs.
+    "ledger": (
+        (revokes_more_behind_the_flag, raises_the_flag, tells_the_right),
+        without("memory"),
+        Ways,
+    ),
     "readers": ((enters_before_the_flag, raises_the_flag, synchronizes), without("readers"), Ways),
     "holdouts": (
         (reads_twice, reads_twice, synchronizes, is_done_at_a_moment),
