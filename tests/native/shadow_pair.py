@@ -183,6 +183,16 @@ class ShadowPair:
             assert lib.shadow_mmu_set_spte_atomic(self.m, CPU0, VM0, *where, old, new) == 0
             spte.writable = False
 
+    def clean(self, root: int, page: int) -> None:
+        """Clear D alone."""
+        table = self.table(root, page)
+        old, spte = self.word(table, page), table.entries.get(table.index(page))
+        if isinstance(spte, Spte):
+            where = Hfn(table.hfn), SpteIndex(table.index(page)), Level(1)
+            new = old & ~lib.SPTE_DIRTY
+            assert lib.shadow_mmu_set_spte_atomic(self.m, CPU0, VM0, *where, old, new) == 0
+            spte.dirty = False
+
     def promise(self, gfn: int, freed: bool) -> None:
         """Drop every SPTE that maps the gfn, and promise so to the host; `freed`: it frees the frame."""
         for page in PAGES:

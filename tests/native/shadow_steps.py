@@ -47,6 +47,12 @@ def _free_unlinked(pair: ShadowPair, c: Choice) -> None:
     pair.free_table(-1)
 
 
+def _reuse_table(pair: ShadowPair, c: Choice) -> None:
+    """Free a table; the next one is in the same frame."""
+    _free_unlinked(pair, c)
+    pair.set_spte(c.root, c.near, MAPPED, False)
+
+
 #: What may befall an SPTE, a table or a page.
 CHANGES: tuple[Callable[[ShadowPair, Choice], None], ...] = (
     lambda p, c: p.set_spte(c.root, c.near, c.flags, c.seldom),
@@ -56,7 +62,9 @@ CHANGES: tuple[Callable[[ShadowPair, Choice], None], ...] = (
     lambda p, c: p.track(c.near, True),
     lambda p, c: p.free(c.near),
     lambda p, c: p.unlink(c.root, c.near),
+    lambda p, c: p.clean(c.root, c.near),
     _free_unlinked,
+    _reuse_table,
     lambda p, c: p.zap(c.root, c.near),
     lambda p, c: p.set_mmio(c.root, c.near),
     lambda p, c: p.access(c.cpu, c.vcpu, c.near, c.kind, supervisor=True),

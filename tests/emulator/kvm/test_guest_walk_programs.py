@@ -96,9 +96,9 @@ def entries(draw: st.DrawFn, mode: Mode, level: int) -> int:
 
 @st.composite
 def guests(draw: st.DrawFn) -> Guest:
-    mode = draw(st.sampled_from(Mode))
+    mode = draw(st.sampled_from((Mode.LONG, *Mode)))
     wide = mode.entry_bytes == 8
-    nx = wide and draw(st.integers(0, 3)) > 0
+    nx = wide and draw(st.booleans())
     guest = Guest(mode, TABLES[mode.levels][0], draw(st.booleans()), draw(st.booleans()), nx)
     if mode is Mode.PAE:
         pdpte = st.sampled_from((0, *(gfn << 12 | P for gfn in TABLES[2])))
@@ -236,7 +236,7 @@ def comparison() -> Iterator[Comparison]:
 
 @given(program=programs())
 @settings(
-    max_examples=40,
+    max_examples=60,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     print_blob=True,
