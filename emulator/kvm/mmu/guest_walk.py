@@ -179,7 +179,10 @@ class KvmPagewalk:
         return bool(gpte & PT64_NX_MASK) and not self.efer_nx
 
     def permission_fault(self, access: int, pfec: int) -> int:
-        """permission_fault(): return the error code of the fault that the access causes, or 0."""
+        """permission_fault(): return PFERR_PRESENT_MASK if the entries' rights forbid the access, or 0.
+
+        The guest's EFLAGS.AC is not modelled, and CR4.SMAP therefore forbids nothing.
+        """
         if self.fmt.ept:
             return PFERR_PRESENT_MASK if ept_needs(pfec) & ~access else 0
         user = bool(pfec & PFERR_USER_MASK)

@@ -46,7 +46,10 @@ from native.types import NO_GFN, Gfn, Hfn, Level, SpteIndex
 
 
 def kvm_init_pagewalk(vcpu: Vcpu) -> KvmPagewalk:
-    """kvm_calc_cpu_role(), with paging: compute from the guest's registers how its tables are walked."""
+    """kvm_calc_cpu_role(), with paging: compute from the guest's registers how its tables are walked.
+
+    In long mode they have four levels: a guest's CR4.LA57 changes no walk.
+    """
     arch = vcpu.arch
     pae = bool(arch.cr4 & X86_CR4_PAE)
     level = PT64_ROOT_4LEVEL if is_long_mode(vcpu) else PT32E_ROOT_LEVEL if pae else PT32_ROOT_LEVEL
