@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,3 +80,15 @@ class BareMachine:
             observer.machine_down()
         lib.machine_stop(self.pointer)
         lib.machine_destroy(self.pointer)
+
+
+def processor_seconds(process: Path) -> float:
+    """Return the processor time that a process has used; process: its directory in /proc."""
+    user, system = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def without_progress(errors: str) -> str:
+    """Return standard error without the lines that searches print every ten seconds on a busy machine."""
+    counts = r"(?:\d+ of \d+ verdicts, )?(?:\S+ executions, )?"
+    return re.sub(rf"(?m)^(?:explore|litmus): {counts}\d+ s.*\n", "", errors)

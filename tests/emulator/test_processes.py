@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import wait_until
+from tests.support import processor_seconds, wait_until, without_progress
 
 pytestmark = pytest.mark.slow
 
@@ -88,21 +88,10 @@ def workers(process: subprocess.Popen[str]) -> list[Path]:
 
     def at_work() -> bool:
         found[:] = [child for child in children(process) if b"spawn_main" in (child / "cmdline").read_bytes()]
-        return len(found) == 2 and all(_seconds(worker) > 0.3 for worker in found)
+        return len(found) == 2 and all(processor_seconds(worker) > 0.3 for worker in found)
 
     wait_until(at_work, "two workers", 60)
     return found
-
-
-def _seconds(process: Path) -> float:
-    user, system = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def without_progress(errors: str) -> str:
-    """Return standard error without the lines that searches print every ten seconds on a busy machine."""
-    counts = r"(?:\d+ of \d+ verdicts, )?(?:\S+ executions, )?"
-    return re.sub(rf"(?m)^(?:explore|litmus): {counts}\d+ s.*\n", "", errors)
 
 
 def interrupted(process: subprocess.Popen[str], out: str, errors: str, number: signal.Signals) -> None:

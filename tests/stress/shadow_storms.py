@@ -21,8 +21,8 @@ _TABLES: Final = Storm("table-churn", "vm_entries")
 
 STORMS: Final[dict[str, Storm]] = {
     # A fault on an MMIO SPTE walks without a lock, while the pages that it walks over are recycled.
-    "reader-not-awaited": Storm("device-faults", "guest_invalidations"),
-    "reader-without-mode": Storm("device-faults", "guest_invalidations"),
+    "reader-not-awaited": Storm("device-faults", "tables_freed"),
+    "reader-without-mode": Storm("device-faults", "tables_freed"),
     "shadow-account-without-flush": _TABLES,
     "shadow-direct-page-stays": Storm("huge-aliases", "guest_invalidations"),
     "shadow-direct-shares-rights": Storm("huge-aliases", "guest_invalidations"),

@@ -11,6 +11,7 @@ import pytest
 
 from emulator.cli.main import main
 from emulator.policy import source
+from tests.support import without_progress
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +48,9 @@ def ended(command: list[str], path: Path) -> str:
     line = [sys.executable, "-m", "emulator", *command, "--policy", str(path)]
     found = subprocess.run(line, capture_output=True, text=True, check=False, timeout=110)
     assert (found.returncode, found.stdout) == (2, ""), found
-    assert found.stderr.count("\n") == 1, found.stderr
-    return found.stderr
+    errors = without_progress(found.stderr)
+    assert errors.count("\n") == 1, found.stderr
+    return errors
 
 
 @pytest.mark.parametrize("command", [EXPLORE, LITMUS, RUN, SERVE], ids=lambda command: str(command[0]))
