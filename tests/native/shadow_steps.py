@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 
 from tests.native.shadow_pair import ANYWHERE, FLAGS, HUGE, MAPPED, PAGES, ROOTS, ShadowPair
 
@@ -53,6 +54,15 @@ def _reuse_table(pair: ShadowPair, c: Choice) -> None:
     pair.set_spte(c.root, c.near, MAPPED, False)
 
 
+def _other_vcpu(pair: ShadowPair, c: Choice) -> None:
+    """Let another vCPU have the VPID, and use this one's table caches."""
+    other = 1 - c.vcpu
+    pair.give_vpid(other, pair.state[c.vcpu].vpid)
+    pair.load(other, c.root, c.fresh)
+    pair.speculate(c.cpu, other, c.near)
+    pair.access(c.cpu, other, c.near, c.kind)
+
+
 #: What may befall an SPTE, a table or a page.
 CHANGES: tuple[Callable[[ShadowPair, Choice], None], ...] = (
     lambda p, c: p.set_spte(c.root, c.near, c.flags, c.seldom),
@@ -68,6 +78,8 @@ CHANGES: tuple[Callable[[ShadowPair, Choice], None], ...] = (
     lambda p, c: p.zap(c.root, c.near),
     lambda p, c: p.set_mmio(c.root, c.near),
     lambda p, c: p.access(c.cpu, c.vcpu, c.near, c.kind, supervisor=True),
+    lambda p, c: p.speculate(c.cpu, c.vcpu, c.near),
+    _other_vcpu,
     lambda p, c: p.give_vpid(c.vcpu, 1 + c.often),
     lambda p, c: p.invvpid_single(c.cpu, c.vcpu),
     lambda p, c: p.invvpid_address(c.cpu, c.vcpu, c.beside),
@@ -102,6 +114,24 @@ STEPS: tuple[tuple[int, Callable[[ShadowPair, Choice], None]], ...] = (
     (4, lambda p, c: p.access(c.cpu, c.vcpu, c.anywhere, c.kind, supervisor=True)),
     (5, lambda p, c: p.access(c.cpu, c.vcpu, c.anywhere, c.kind)),
 )
+
+
+def each_change(pair: ShadowPair) -> None:
+    """Let everything befall a page whose table is cached, before accesses of each kind."""
+    r = random.Random(0)
+    for number, (change, first, second) in enumerate(product(CHANGES, range(3), range(3))):
+        c = Choice(r)
+        c.cpu = c.vcpu = c.root = c.kind = 0
+        c.near, c.beside, c.change = 1, 2, change
+        c.fresh, c.kinds[1:3] = 3 + number, (first, second)
+        for vcpu in range(2):
+            pair.give_vpid(vcpu, 1 + vcpu)
+        pair.track(c.near, False)
+        _walk_fresh(pair, c)
+        try:
+            pair.compare()
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: change {number // 9}, kinds {first}, {second}") from error
 
 
 def random_program(pair: ShadowPair, seed: int, steps: int) -> None:

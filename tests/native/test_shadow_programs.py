@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.native.shadow_model import EXECUTE, READ, WRITE
 from tests.native.shadow_pair import ANYWHERE, FLAGS, HUGE, MAPPED, PAGES, ROOTS, ShadowPair
-from tests.native.shadow_steps import random_program
+from tests.native.shadow_steps import each_change, random_program
 
 #: Bounded, so that walks take their fast path, but so large that nothing is evicted.
 FAST = (12 * 4096, 12, 4 * 4096)
@@ -179,9 +179,9 @@ def pair_of(**options: Any) -> Iterator[ShadowPair]:
 def test_random_programs(options: dict[str, Any]) -> None:
     """Run the same programs each time, so long that each kind of event occurs."""
     seen: Counter[str] = Counter()
-    for seed in range(6):
+    for seed in range(4):
         with pair_of(**options) as pair:
-            random_program(pair, seed, 200)
+            random_program(pair, seed, 150)
             seen += pair.seen
             seen["violations"] += pair.model.violations
             seen["missed stores"] += pair.model.missed_least
@@ -195,6 +195,15 @@ def test_random_programs(options: dict[str, Any]) -> None:
     assert seen["violations"] >= (50 if with_vpid else 10)
     assert seen["missed stores"]
     assert seen["done"] >= 200
+
+
+@pytest.mark.parametrize("geometry", [(0, 0, 0), FAST], ids=["slow", "fast"])
+def test_neither_path_of_the_walk_misses_a_change(geometry: tuple[int, int, int]) -> None:
+    with pair_of(geometry=geometry) as pair:
+        each_change(pair)
+        assert pair.model.violations
+        assert pair.model.missed_least
+        assert pair.model.stale_walks
 
 
 def test_retaining_globals_drops_all_other_translations() -> None:
