@@ -16,8 +16,15 @@ from emulator.scenario.config import load_scenario
 SECONDS = 60.0
 SEEDS = range(1, 5)
 # Of the translations that a missing flush leaves behind, chance uses one first: its page may be freed, only
-# zapped, or write-protected, or L1 may have taken it away.
-STALE = {"guest-stale", "l1-stale", "missed-guest-write", "stale-after-revoke", "use-after-free"}
+# zapped, or write-protected, L1 may have taken it away, or its VPID may be another nested guest's by then.
+STALE = {
+    "cross-guest",
+    "guest-stale",
+    "l1-stale",
+    "missed-guest-write",
+    "stale-after-revoke",
+    "use-after-free",
+}
 
 
 # Mutant: scenario, kind, and a statistic that shows that its code has run.  Where no vCPU moves and L1 has no
