@@ -99,9 +99,15 @@ def expected_of(test: LitmusTest, name: str) -> tuple[Expected, ...]:
     apart = any(name in policies for policies in test.expect.apart().values())
     if apart or is_consistent(name) or is_cost_only(name):
         mutant = _mutant(name)
-        base = test.expect.policies.get(mutant.base, SAFE) if mutant is not None else SAFE
-        return (base if isinstance(base, tuple) else SAFE, INCONCLUSIVE)
+        kinds = _violations(test, mutant.base) if mutant is not None else ()
+        return (kinds or SAFE, INCONCLUSIVE)
     return ()
+
+
+def _violations(test: LitmusTest, base: str) -> tuple[str, ...]:
+    """Return the kinds of violation that the test expects of a preset or a mutant."""
+    expected = test.expect.policies.get(base, test.expect.default)
+    return expected if isinstance(expected, tuple) else ()
 
 
 def violations_of_base(test: LitmusTest, name: str) -> frozenset[str]:
@@ -117,5 +123,4 @@ def violations_of_base(test: LitmusTest, name: str) -> frozenset[str]:
         base = mutant.base if mutant is not None else base_of(name)
     except PolicyError:
         return frozenset()
-    expected = test.expect.policies.get(base, test.expect.default)
-    return frozenset(expected) if isinstance(expected, tuple) else frozenset()
+    return frozenset(_violations(test, base))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from emulator.litmus.model import INCONCLUSIVE, SAFE, LitmusTest
 from emulator.litmus.policies import expected_of, is_consistent, is_cost_only, violations_of_base
-from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs
+from emulator.litmus.verdict import BOUNDED, SEARCHED, VIOLATIONS, Outcome, differs, proofs, under
 from emulator.policy import PRESETS
 from emulator.policy.mutants import PREFIX
 from emulator.report.cases import Case
@@ -39,6 +39,8 @@ class Results:
         self.interrupted = False
         self.kernel: dict[str, str] | None = None
         self.outcomes: dict[tuple[str, str], Outcome] = {}
+        # The violations of each policy's base, because finding a base may read the policy's files.
+        self._of_base: dict[tuple[str, str], frozenset[str]] = {}
 
     def add(self, outcome: Outcome) -> None:
         known = self.outcomes.setdefault((outcome.test, outcome.policy), outcome)
@@ -86,7 +88,7 @@ class Results:
             for policy in self.policies
             if not policy.startswith(PREFIX)
             for test, outcome in self.of_policy(policy)
-            if outcome.kinds.keys() - violations_of_base(test, policy) and not expected_of(test, policy)
+            if self.own_kinds(test, outcome) and not expected_of(test, policy)
         ]
 
     def of_bases(self) -> list[tuple[LitmusTest, Outcome]]:
@@ -95,8 +97,17 @@ class Results:
             (test, outcome)
             for policy in self.policies
             for test, outcome in self.of_policy(policy)
-            if outcome.kinds and not outcome.kinds.keys() - violations_of_base(test, policy)
+            if outcome.kinds and not self.own_kinds(test, outcome)
         ]
+
+    def own_kinds(self, test: LitmusTest, outcome: Outcome) -> set[str]:
+        """Return the kinds of violation that the policy's base does not show as well."""
+        if not outcome.kinds:
+            return set()
+        pair = test.name, outcome.policy
+        if pair not in self._of_base:
+            self._of_base[pair] = violations_of_base(test, outcome.policy)
+        return outcome.kinds.keys() - self._of_base[pair]
 
     def verdicts(self) -> Iterator[tuple[str, str, str]]:
         """Yield each verdict, and the test and the policy that it is about."""
@@ -236,7 +247,7 @@ def _print_policies(results: Results, policies: list[str], console: Console) -> 
         caught = [
             f"{test.name}{_share(outcome)} ({', '.join(sorted(outcome.kinds))})"
             for test, outcome in outcomes
-            if outcome.kinds.keys() - violations_of_base(test, policy)
+            if results.own_kinds(test, outcome)
         ]
         caught += [f"{test.name} (failed)" for test, outcome in outcomes if outcome.failure]
         nothing = Text("nothing" + _why(policy))
@@ -270,9 +281,9 @@ def _print_differences(results: Results, console: Console) -> None:
         found = ", ".join(f"{n:,} {kind}" for kind, n in sorted(outcome.kinds.items()))
         console.print(Text(f"  {test.name} under {outcome.policy}: {found}"))
         console.print(Text(f"    {rerun(results, test, outcome)}", style="dim"))
-    for test, outcome in results.of_bases():
-        found = ", ".join(sorted(outcome.kinds))
-        console.print(Text(f"  {test.name} under {outcome.policy}: {found}, as under its base"))
+    for name, policies, kinds in _by_test(results.of_bases()):
+        base = "its base" if len(policies) == 1 else "their bases"
+        console.print(Text(f"  {name}{under(policies)}: {', '.join(sorted(kinds))}, as under {base}"))
     if differing:
         console.print(Text(f"{len(differing)} verdicts are not as expected:", style="bold"))
     for test, outcome, text in differing:
@@ -285,6 +296,13 @@ def _print_differences(results: Results, console: Console) -> None:
         reached = "interrupted; those reached are" if results.interrupted else "all verdicts"
         verdicts = "" if unforeseen else f"{reached} as expected, "
         console.print(Text(f"{verdicts}{results.executions:,} executions"))
+
+
+def _by_test(found: Sequence[tuple[LitmusTest, Outcome]]) -> Iterator[tuple[str, list[str], set[str]]]:
+    """Yield each test's name, with the policies and the kinds of its outcomes."""
+    for name in dict.fromkeys(test.name for test, _ in found):
+        outcomes = [outcome for test, outcome in found if test.name == name]
+        yield name, [one.policy for one in outcomes], set().union(*(one.kinds for one in outcomes))
 
 
 def rerun(results: Results, test: LitmusTest, outcome: Outcome) -> str:

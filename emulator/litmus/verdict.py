@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,14 +112,13 @@ def proofs(verdicts: Iterable[tuple[str, str, str]]) -> str:
     if counts[BOUNDED] + counts[SEARCHED]:
         parts.append(f"{counts[BOUNDED] + counts[SEARCHED]:,} not searched to the end")
     text = f"{', '.join(parts)}, {counts[INCONCLUSIVE]:,} inconclusive"
-    names = [test + _under(found, len(policies)) for test, found in vacuous.items()]
+    names = [test + (under(found) if len(policies) > 1 else "") for test, found in vacuous.items()]
     return f"{text}: {', '.join(names)}" if names else text
 
 
-def _under(found: list[str], policies: int) -> str:
-    if policies == 1:
-        return ""
-    return f" under {found[0] if len(found) == 1 else f'{len(found)} policies'}"
+def under(policies: Sequence[str]) -> str:
+    """Return the words behind a test's name for one policy, or for several."""
+    return f" under {policies[0] if len(policies) == 1 else f'{len(policies)} policies'}"
 
 
 def differs(outcome: Outcome, test: LitmusTest, expected: tuple[Expected, ...]) -> str | None:
