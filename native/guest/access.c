@@ -128,6 +128,15 @@ static inline enum walk_result unless_skipped(enum walk_result r)
 	return r == WALK_SKIPPED ? WALK_DONE : r;
 }
 
+bool guest_store_emulated(struct walk *w, uint64_t record)
+{
+	struct guest_store *store = &w->guest->store;
+	bool done = store->done && record_stores_to(record, store->linear);
+
+	store->done = false;
+	return done;
+}
+
 enum walk_result guest_access_as_kernel(struct walk *w, uint64_t record)
 {
 	uint32_t type = RECORD_TYPE(record);

@@ -36,5 +36,7 @@ enum walk_result guest_access_as_kernel(struct walk *w, uint64_t record);
 /* Do one half of guest_access_slow() each: find the translation; store through it if the record is a store. */
 enum walk_result guest_translate(struct walk *w, uint64_t record, struct tlb_entry *e);
 void guest_store(struct walk *w, uint64_t record, const struct tlb_entry *e);
+/* Return whether KVM has emulated this store, and forget the emulated one. */
+bool guest_store_emulated(struct walk *w, uint64_t record);
 
 #endif

@@ -151,28 +151,27 @@ enum walk_result os_protect(struct walk *w, struct guest_process *p, uint64_t pa
 	return WALK_DONE;
 }
 
-uint64_t os_find_mapped(struct guest_process *p, bool writable)
+/* Return the index of the next page that is mapped with one of these rights; page_count: the search found none. */
+static uint64_t find_mapped(struct guest_process *p, bool writable, bool read_only)
 {
 	for (uint32_t i = 0; i < LOOK_FOR_PAGE && p->page_count; i++) {
 		uint64_t at = p->hand++ % p->page_count;
 		struct guest_mapping mapping = guest_mapping_of(&p->page[at]);
 
-		if (mapping.gfn != GUEST_NO_GFN && (!writable || mapping.writable))
+		if (mapping.gfn != GUEST_NO_GFN && (mapping.writable ? writable : read_only))
 			return at;
 	}
 	return p->page_count;
 }
 
+uint64_t os_find_mapped(struct guest_process *p, bool writable)
+{
+	return find_mapped(p, true, !writable);
+}
+
 uint64_t os_find_read_only(struct guest_process *p)
 {
-	for (uint32_t i = 0; i < LOOK_FOR_PAGE && p->page_count; i++) {
-		uint64_t at = p->hand++ % p->page_count;
-		struct guest_mapping mapping = guest_mapping_of(&p->page[at]);
-
-		if (mapping.gfn != GUEST_NO_GFN && !mapping.writable)
-			return at;
-	}
-	return p->page_count;
+	return find_mapped(p, false, true);
 }
 
 /* Return a page of another process to share, or GUEST_NO_GFN. */

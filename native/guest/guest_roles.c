@@ -54,16 +54,13 @@ static enum walk_result write_read_only(struct walk *w)
 	struct guest *g = w->guest;
 	struct guest_process *p = guest_current(g);
 	uint64_t hand = p->hand, at = os_find_read_only(p), record;
-	enum walk_result r;
+	enum walk_result r = WALK_DONE;
 
 	if (at == p->page_count)
-		return WALK_DONE;
+		return r;
 	record = (uint64_t)ACCESS_WRITE << 62 | p->pages[at] << 12;
-	if (g->store.done && record_stores_to(record, g->store.linear))
-		r = WALK_DONE;
-	else
+	if (!guest_store_emulated(w, record))
 		r = guest_access_as_kernel(w, record);
-	g->store.done = false;
 	if (r == WALK_EXIT)
 		p->hand = hand; /* the same page after the exit */
 	else

@@ -206,23 +206,13 @@ static uint64_t stored_to(const struct guest *g, uint64_t page)
 	return gp ? guest_mapping_of(gp).gfn : page;
 }
 
-/* Return whether KVM has emulated this store. */
-static bool emulated(struct walk *w, uint64_t record)
-{
-	struct guest_store *store = &w->guest->store;
-	bool done = store->done && record_stores_to(record, store->linear);
-
-	store->done = false;
-	return done;
-}
-
 static enum walk_result do_access(struct walk *w, struct accesses *a, const struct guest_op *op, uint64_t *budget)
 {
 	uint64_t record = (uint64_t)op->kind << 62 | (op->linear & UINT64_C(0xffffffffffff));
 	bool is_apic = op->flags & GUEST_OP_APIC;
 	enum walk_result r = WALK_DONE;
 
-	if (emulated(w, record))
+	if (guest_store_emulated(w, record))
 		r = WALK_DONE;
 	else if (op->flags & GUEST_OP_SUPERVISOR && !w->vmcs->ept)
 		r = guest_access_as_kernel(w, record);
