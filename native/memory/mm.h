@@ -50,9 +50,9 @@ uint64_t mm_unmap(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, 
  * changed in part is split. */
 /* call: step mm; writes mm(vm), guest_frames, custody, memory(vm) */
 uint64_t mm_protect(struct machine *m, uint32_t cpu, uint32_t vm, uint64_t start, uint64_t end, int writable);
-/* Return the number of pages whose bytes are stored because they have no frame (swapped out, or in an image), or, with
- * `ever`, the greatest number so far: memory does not grow beyond it.  0 on a machine
- * with snapshots, whose heap stores them. */
+/* Return the number of pages that are stored outside of frames (swapped out, or in an image).  With `ever`, return the
+ * greatest number so far, which the memory for them never exceeds.  0 on a machine with snapshots, because its heap stores
+ * them. */
 /* call: aside */
 uint64_t mm_stored(struct machine *m, uint32_t vm, int ever);
 /* end api */

@@ -1,8 +1,8 @@
 /* Places for the bytes of pages that have no frame: pages that are swapped out, and images.
  *
  * The host swaps thousands of pages a second out, from many threads.  malloc() would take each page from the
- * calling thread's own arena, whose free pages no other thread uses: a process that runs for long would grow
- * though it stores no more.  A store has as many places as were ever in use at once, and the place that was
+ * calling thread's own arena, and other threads do not use the free pages of that arena: a process that runs
+ * for long would grow though it stores no more.  A store has as many places as were ever in use at once, and the place that was
  * given back last is the next to be taken.
  *
  * The pages of a machine with a heap are blocks of that heap, so that a snapshot holds them.

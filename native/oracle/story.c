@@ -85,7 +85,7 @@ struct telling {
 	struct story *story;
 	uint32_t kept;
 	uint32_t most;
-	bool asked;  /* a request was told, but not yet the event before it that tells whose it is */
+	bool asked;  /* the event before the last request told is due: it shows which operation made the request */
 	bool fill_told;
 	bool mapped; /* the last event told was a mapping, that is, a fault */
 	struct event entry; /* the last VM entry seen, not told yet; kind 0: none */
