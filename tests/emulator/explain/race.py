@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from emulator.explain.analysis import RaceAnalysis
 from emulator.explain.events import EVENT_KINDS, PROMISES, Event
+from emulator.explain.facts import Facts
 from native import EXIT_REASONS, FLUSH_REASONS, FLUSH_SCOPES
 
 NAMES = {"0": "pcpu0", "1": "pcpu1", "2": "pcpu2", "3": "pcpu3", "4": "kvm0", "5": "host0"}
@@ -109,6 +111,10 @@ class Race:
             "policy": {"name": policy, "decisions": {}},
             "reports": [self.report(**report)],
         }
+
+
+def analysis(race: Race, **report: Any) -> RaceAnalysis:
+    return RaceAnalysis(Facts.of_report(race.report(**report)), race.events)
 
 
 def flushed_mask() -> Race:

@@ -29,11 +29,19 @@ from emulator.explain.meanings import (
     UNPROTECTED,
     USE,
 )
-from tests.emulator.explain.race import GFN, HOST, KVM, PAGE, ROOT, VCPU, VM, Race, flushed_mask, noisy
-
-
-def analysis(race: Race, **report: Any) -> RaceAnalysis:
-    return RaceAnalysis(Facts.of_report(race.report(**report)), race.events)
+from tests.emulator.explain.race import (
+    GFN,
+    HOST,
+    KVM,
+    PAGE,
+    ROOT,
+    VCPU,
+    VM,
+    Race,
+    analysis,
+    flushed_mask,
+    noisy,
+)
 
 
 def moments(found: RaceAnalysis) -> list[tuple[str, int, str]]:
@@ -418,17 +426,6 @@ def test_an_spte_that_the_zap_skipped() -> None:
     assert analysis(race, live_sptes=1).moment(SKIPPED) is None
 
 
-def test_no_zap_is_called_missing_that_is_recorded_or_may_be_lost() -> None:
-    """The fault that installed the page again may not have written its event yet."""
-    found = analysis(flushed_mask(), live_sptes=1)
-    assert found.culprit is not None
-    assert found.culprit.meaning == ELIDED
-    lost = Race().enter(0, 100).add("lost", HOST, 70).leave(0, 160).promise(HOST).flush(0).enter(0, 160)
-    assert analysis(lost, live_sptes=1).moment(SKIPPED) is None
-    before = Race().add("lost", HOST, 70).enter(0, 100).leave(0, 160).promise(HOST).flush(0).enter(0, 160)
-    assert analysis(before, live_sptes=1).moment(SKIPPED) is not None
-
-
 def test_a_flush_before_the_zap() -> None:
     race = Race().enter(0, 100).request(HOST).leave(0, 120).flush(0).enter(0, 120).zap(HOST).promise(HOST)
     found = analysis(race)
@@ -445,13 +442,6 @@ def test_a_flush_before_the_zap() -> None:
     # A flush that was requested when the zap yielded does not cover later zaps.
     race = Race().enter(0, 100).request(HOST).add("yield", HOST, VM, 1).zap(HOST).promise(HOST)
     assert analysis(race).culprit is None
-
-
-def test_a_flush_after_the_promise_about_another_page() -> None:
-    late = Race().enter(0, 100).zap(HOST).promise(HOST).request(HOST)
-    assert analysis(late).moment(LATE) is not None
-    other = Race().enter(0, 100).zap(HOST).promise(HOST).zap(HOST, GFN + 99).request(HOST)
-    assert analysis(other).moment(LATE) is None
 
 
 def test_a_free_that_nothing_was_promised_of() -> None:
